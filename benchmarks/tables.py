@@ -18,13 +18,13 @@ from pathlib import Path
 
 from gpt2c.bench.machine import Ceilings
 from gpt2c.bench.report import as_markdown
-from gpt2c.bench.suite import Result
+from gpt2c.bench.suite import Measurement
 from gpt2c.kernels.backend import NAMES
 from gpt2c.train.plot import plot_speed
 
 CPUS = {"zen3": "AMD Zen 3", "xeon": "Xeon with AMX"}  # the first word of a file's name
 KINDS = ("fp32", "16-bit", "int8")  # of weights, or of the numbers that training multiplies
-FIELDS = [field.name for field in dataclasses.fields(Result)]
+FIELDS = [field.name for field in dataclasses.fields(Measurement)]
 
 Table = list[list[str]]
 
@@ -36,7 +36,7 @@ class Run:
         content = json.loads(path.read_text())
         cpu, self.kind = path.name.partition("-")[0], content["kind"]
         self.cpu = CPUS.get(cpu, cpu)
-        found = [Result(**{name: r[name] for name in FIELDS}) for r in content["results"]]
+        found = [Measurement(**{name: r[name] for name in FIELDS}) for r in content["results"]]
         self.results = [r for r in found if r.seconds and not r.note]
         if self.kind == "train":
             self.results += llmc(path.with_name(f"{cpu}-llmc.txt"))
@@ -53,16 +53,18 @@ class Run:
         )
 
 
-def llmc(path: Path) -> list[Result]:
+def llmc(path: Path) -> list[Measurement]:
     """Return llm.c's rows, none without the file."""
     text = path.read_text() if path.exists() else ""
     return [
-        Result(f"train {B} x {T}", "llm.c", [float(seconds)], facts={"tokens": int(B) * int(T)})
+        Measurement(
+            f"train {B} x {T}", "llm.c", [float(seconds)], facts={"tokens": int(B) * int(T)}
+        )
         for B, T, seconds in re.findall(r"(\d+) x (\d+): ([\d.]+) s a step", text)
     ]
 
 
-def rate(result: Result) -> float:
+def rate(result: Measurement) -> float:
     """Return tokens a second, by the median."""
     return float(result.facts["tokens"] / result.median)
 

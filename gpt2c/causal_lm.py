@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, Unpack, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2c.generate.continuation import Ids, Logprobs, Step, continue_prompts
+from gpt2c.generate.continuation import Ids, Logprobs, Streamed, continue_prompts
 from gpt2c.generate.sampling import GenerationConfig, TokenSettings, shows
 from gpt2c.kernels.backend import Backend, BackendName, Precision
 from gpt2c.model.config import ModelConfig
@@ -26,10 +26,10 @@ from gpt2c.model.quantized import check_method, shapes_of
 if TYPE_CHECKING:
     from gpt2c.formats.load import Pretrained
 
-__all__ = ["CausalLM", "Prompts", "Rows", "Texts"]
+__all__ = ["CausalLM", "IdRows", "PromptIds", "Texts"]
 
-Rows = Sequence[Sequence[int]] | Sequence[NDArray[Any]]
-Prompts = NDArray[Any] | Rows
+IdRows = Sequence[Sequence[int]] | Sequence[NDArray[Any]]
+PromptIds = NDArray[Any] | IdRows
 Texts = Ids | list[Ids]  # an array if all prompts have the same length
 
 
@@ -175,7 +175,7 @@ class CausalLM(Model):
     @overload
     def stream(
         self,
-        idx: Prompts,
+        idx: PromptIds,
         max_new_tokens: int | None = 64,
         *,
         logprobs: Literal[False] = False,
@@ -185,7 +185,7 @@ class CausalLM(Model):
     @overload
     def stream(
         self,
-        idx: Prompts,
+        idx: PromptIds,
         max_new_tokens: int | None = 64,
         *,
         logprobs: Literal[True],
@@ -195,12 +195,12 @@ class CausalLM(Model):
     @shows(TokenSettings)
     def stream(
         self,
-        idx: Prompts,
+        idx: PromptIds,
         max_new_tokens: int | None = 64,
         *,
         logprobs: bool = False,
         **settings: Unpack[TokenSettings],
-    ) -> Iterator[Step]:
+    ) -> Iterator[Streamed]:
         """Continue prompts and yield the new tokens (B,) of each step as soon as they are chosen.
 
         A row that has ended repeats its last token. Rows do not influence each other: each is the
@@ -263,7 +263,7 @@ class CausalLM(Model):
     @overload
     def generate(
         self,
-        idx: Rows,
+        idx: IdRows,
         max_new_tokens: int | None = 64,
         *,
         logprobs: Literal[False] = False,
@@ -283,7 +283,7 @@ class CausalLM(Model):
     @overload
     def generate(
         self,
-        idx: Rows,
+        idx: IdRows,
         max_new_tokens: int | None = 64,
         *,
         logprobs: Literal[True],
@@ -293,7 +293,7 @@ class CausalLM(Model):
     @shows(TokenSettings)
     def generate(
         self,
-        idx: Prompts,
+        idx: PromptIds,
         max_new_tokens: int | None = 64,
         *,
         logprobs: bool = False,

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.formats.load import find_model
-from gpt2c.generate.continuation import Look, Step, continue_prompts
+from gpt2c.generate.continuation import Look, Streamed, continue_prompts
 from gpt2c.generate.sampling import GenerationConfig, TextSettings, likeliest, shows
 from gpt2c.kernels.backend import Backend, BackendName
 from gpt2c.kernels.checks import check_kind, whole
@@ -474,7 +474,7 @@ class Generator:
 
     def _begin_one(
         self, prompt: str, plan: Plan, allowed: Allowed, look: Look | None = None
-    ) -> tuple[list[Writer], Iterator[Step]]:
+    ) -> tuple[list[Writer], Iterator[Streamed]]:
         if not isinstance(prompt, str):
             raise ValueError(f"prompt must be a string, got {type(prompt).__name__}")
         if plan[0].num_return_sequences > 1:
@@ -483,7 +483,7 @@ class Generator:
 
     def _begin(
         self, prompts: Sequence[str], plan: Plan, allowed: Allowed, look: Look | None = None
-    ) -> tuple[list[Writer], Iterator[Step]]:
+    ) -> tuple[list[Writer], Iterator[Streamed]]:
         config, writer = plan
         ids = [self._ids(text, allowed) for text in prompts]
         writers: list[Writer] = []

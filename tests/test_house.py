@@ -123,6 +123,24 @@ def test_wings_list_their_names() -> None:
         assert exported(init) == (doors or modules), f"{init}: see its __all__"
 
 
+def test_no_two_types_share_a_name() -> None:
+    """Of classes and aliases; the same alias in several files is one type.
+
+    `Array` is an array of the floats of its file: of float32 in C's, of any size in the reference.
+    """
+    found: dict[str, set[str]] = {}
+    for path in FILES:
+        for node in ast.parse((PACKAGE / path).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, set()).add(f"class in {path}")
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                name = node.targets[0].id
+                if re.fullmatch("[A-Z][A-Za-z]*[a-z][A-Za-z]*", name):
+                    found.setdefault(name, set()).add(ast.unparse(node.value))
+    twice = {name: kinds for name, kinds in found.items() if len(kinds) > 1}
+    assert twice.keys() <= {"Array"}
+
+
 def test_reference_imports_numpy_alone() -> None:
     for path in [*(PACKAGE / "kernels" / "reference").iterdir(), PACKAGE / "plain.py"]:
         if path.suffix == ".py":

@@ -33,7 +33,7 @@ from gpt2c.finetune.policy import (
     LOSS_TYPES,
     PolicyLoss,
     PolicyObjective,
-    Tokens,
+    TokenFacts,
     token_factors,
 )
 from gpt2c.finetune.preference import PairLoss, bradley_terry, kto, reference_point
@@ -1262,7 +1262,7 @@ class Policies:
         ]
         counts = np.repeat(np.arange(6), self.ends - 1)
         factors = token_factors(loss_type, self.ends - self.starts, self.most)
-        tokens = Tokens(
+        tokens = TokenFacts(
             *(factors[counts], self.advantages[counts].astype(np.float64), flat[2]),
             reference=flat[3] if beta else None,
             sampled=flat[4] if sampled else None,

@@ -17,8 +17,8 @@ from gpt2c.bench.suite import (
     ROUNDS,
     TORCH,
     UNWATCHED,
-    Result,
-    Watch,
+    Follower,
+    Measurement,
     Work,
     choose_rows,
     heading_of,
@@ -107,9 +107,9 @@ def bench_generate(
     ceilings: Ceilings,
     config: ModelConfig,
     quick: bool,
-    show: Callable[[list[Result]], None],
-    watch: Watch = UNWATCHED,
-) -> tuple[list[Result], str]:
+    show: Callable[[list[Measurement]], None],
+    watch: Follower = UNWATCHED,
+) -> tuple[list[Measurement], str]:
     """Time prefill and steps of decoding on every row.
 
     Parameters

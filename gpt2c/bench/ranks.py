@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from gpt2c.bench.suite import Result, Row, start
+from gpt2c.bench.suite import Measurement, Row, start
 from gpt2c.bench.worker import Worker
 from gpt2c.parallel.world import Ranks
 
@@ -49,7 +49,9 @@ class Team:
         with self.world.guard():  # without this one the others would wait
             return self._do(*self.world.first(asked))
 
-    def begin(self, names: Sequence[str], threads: int, stack: ExitStack) -> Iterator[Row | Result]:
+    def begin(
+        self, names: Sequence[str], threads: int, stack: ExitStack
+    ) -> Iterator[Row | Measurement]:
         """Start the rows; see `gpt2c.bench.suite.start`."""
         for name, alone in zip(names, start(names, threads, stack), strict=True):
             yield alone
@@ -106,7 +108,7 @@ class TeamWorker(Worker):
         return found | {"peak_memory": max(world.all(found["peak_memory"]))}
 
 
-def add_speed_ups(results: Sequence[Result]) -> None:
+def add_speed_ups(results: Sequence[Measurement]) -> None:
     """Add to the facts of rows of several ranks: how much faster they are than one rank alone.
 
     The efficiency is the speed-up divided by the number of ranks.

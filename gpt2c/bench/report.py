@@ -30,7 +30,7 @@ from gpt2c.bench.machine import (
     distance_text,
     fastest,
 )
-from gpt2c.bench.suite import Result
+from gpt2c.bench.suite import Measurement
 from gpt2c.files.atomic import atomic_path
 from gpt2c.files.untrusted import read_json, shown
 from gpt2c.train.plot import plot_shares, plot_speed
@@ -116,7 +116,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def ops_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, Table]:
+def ops_table(results: Sequence[Measurement], ceilings: Ceilings) -> tuple[str, Table]:
     """Return the heading and table of one op: ms, rate, share of the ceiling, ratio to numpy."""
     facts = results[0].facts
     flops, size = facts["flops"], facts["bytes"]
@@ -139,7 +139,7 @@ def ops_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, Table
     return heading, table
 
 
-def train_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, Table]:
+def train_table(results: Sequence[Measurement], ceilings: Ceilings) -> tuple[str, Table]:
     """Return the heading and table of one shape: s, tokens/s, share of peak, memory, ratio."""
     name, seconds = _baseline(results)
     columns = ["", "s a step", "±", "tokens/s", "% of peak", "memory, GB"]
@@ -163,7 +163,7 @@ def train_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, Tab
     return f"{results[0].group}   (B x T tokens a step)", table
 
 
-def ranks_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, Table]:
+def ranks_table(results: Sequence[Measurement], ceilings: Ceilings) -> tuple[str, Table]:
     """Return the heading and table of one shape: one rank alone, and several ranks together."""
     columns = ["", "s a step", "±", "tokens/s", "% of peak", "memory, GB"]
     table = [[*columns, "speed-up", "efficiency", "MB sent", "waiting"]]
@@ -190,7 +190,7 @@ def ranks_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, Tab
     return f"{results[0].group}   (B x T tokens a step; memory, MB sent: of a rank)", table
 
 
-def generate_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, Table]:
+def generate_table(results: Sequence[Measurement], ceilings: Ceilings) -> tuple[str, Table]:
     """Return the heading and table of one work: ms, tokens/s, how near the limit, memory, ratio."""
     prefill = results[0].group.startswith("prefill")
     rate, limit = ("GFLOP/s", "% of fp32 peak") if prefill else ("GB/s", "% of bandwidth")
@@ -220,7 +220,7 @@ def generate_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, 
     return results[0].group, table
 
 
-def _baseline(results: Sequence[Result]) -> tuple[str, float]:
+def _baseline(results: Sequence[Measurement]) -> tuple[str, float]:
     """Return name and seconds of the baseline: the best PyTorch, else the slowest row."""
     timed = [r for r in results if r.seconds and not r.note]
     torch = [r.median for r in timed if r.row.startswith(("torch", "transformers"))]
@@ -230,7 +230,7 @@ def _baseline(results: Sequence[Result]) -> tuple[str, float]:
     return (slowest.row, slowest.median) if slowest else ("the slowest", 0.0)
 
 
-def summary_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, Table]:
+def summary_table(results: Sequence[Measurement], ceilings: Ceilings) -> tuple[str, Table]:
     """Return the heading and table of all works at once.
 
     For ops: a line for each op and a column for each row, with the speed relative to numpy and the
@@ -271,17 +271,17 @@ def summary_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, T
     return "summary: times as fast as numpy / % of ceiling", table
 
 
-def _timed(result: Result | None) -> TypeGuard[Result]:
+def _timed(result: Measurement | None) -> TypeGuard[Measurement]:
     return result is not None and bool(result.seconds) and not result.note
 
 
-def _why(result: Result | None) -> str:
+def _why(result: Measurement | None) -> str:
     """Return why there is no figure: WRONG, FAILED, or a dash."""
     word = result.note.partition(":")[0] if result else ""
     return word if word.isupper() else "-"
 
 
-def kind_of(results: Sequence[Result]) -> str:
+def kind_of(results: Sequence[Measurement]) -> str:
     """Return the benchmark that results are of: "ops", "train" or "generate"."""
     if not results or "tokens" not in results[0].facts:
         return "ops"
@@ -322,7 +322,7 @@ def as_markdown(heading: str, table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(path: Path, results: Sequence[Result], ceilings: Ceilings, verdict: str = "") -> None:
+def draw(path: Path, results: Sequence[Measurement], ceilings: Ceilings, verdict: str = "") -> None:
     """Draw how near their ceilings ops come, or bars of tokens a second.
 
     Raises
@@ -353,7 +353,9 @@ def draw(path: Path, results: Sequence[Result], ceilings: Ceilings, verdict: str
     plot_speed(groups, "tokens a second", path, f"{title}\n{machine}")
 
 
-def write_json(path: Path, ceilings: Ceilings, results: Sequence[Result], verdict: str) -> None:
+def write_json(
+    path: Path, ceilings: Ceilings, results: Sequence[Measurement], verdict: str
+) -> None:
     """Write every sample and fact of a benchmark.
 
     Raises
@@ -432,7 +434,7 @@ def _is_result(found: Any) -> bool:
 
 
 def comparison(
-    path: Path, old: dict[str, Any], results: Sequence[Result], threads: int
+    path: Path, old: dict[str, Any], results: Sequence[Measurement], threads: int
 ) -> tuple[str, Table]:
     """Return the heading and table that compare results with older ones, see `read_old`.
 

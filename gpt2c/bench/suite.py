@@ -46,9 +46,9 @@ __all__ = [
     "ROUNDS",
     "TORCH",
     "UNWATCHED",
-    "Result",
+    "Follower",
+    "Measurement",
     "Row",
-    "Watch",
     "Work",
     "WorkerError",
     "bench_ops",
@@ -104,7 +104,7 @@ FEWER = "take fewer rows or a smaller shape"  # if the rows do not fit into memo
 
 
 @dataclasses.dataclass
-class Result:
+class Measurement:
     """The result of one row on one piece of work.
 
     Attributes
@@ -154,7 +154,7 @@ class Work:
     facts: Callable[[str], dict[str, Any]]
 
 
-class Watch:
+class Follower:
     """Follows the progress of a benchmark; this one shows nothing."""
 
     def work(self, group: str) -> None:
@@ -164,7 +164,7 @@ class Watch:
         """Note the present step of the work."""
 
 
-UNWATCHED = Watch()
+UNWATCHED = Follower()
 
 
 class WorkerError(ValueError):
@@ -282,19 +282,19 @@ def lacks(name: str) -> str:
 
 
 # Starts rows by their names, with a number of threads; the stack ends them.
-Begin = Callable[[Sequence[str], int, ExitStack], Iterator[Row | Result]]
+Begin = Callable[[Sequence[str], int, ExitStack], Iterator[Row | Measurement]]
 
 
-def start(names: Sequence[str], threads: int, stack: ExitStack) -> Iterator[Row | Result]:
+def start(names: Sequence[str], threads: int, stack: ExitStack) -> Iterator[Row | Measurement]:
     """Start the rows' processes; a row that cannot start is a result with the reason."""
     for name in names:
         if lacking := lacks(name):
-            yield Result("", name, note=f"not installed: pip install {lacking}")
+            yield Measurement("", name, note=f"not installed: pip install {lacking}")
             continue
         try:
             yield stack.enter_context(Row(name, threads))
         except WorkerError as error:
-            yield Result("", name, note=f"FAILED: {error}")
+            yield Measurement("", name, note=f"FAILED: {error}")
 
 
 def ops_work(quick: bool) -> list[Work]:
@@ -326,9 +326,9 @@ def bench_ops(
     names: Sequence[str],
     ceilings: Ceilings,
     quick: bool,
-    show: Callable[[list[Result]], None],
-    watch: Watch = UNWATCHED,
-) -> tuple[list[Result], str]:
+    show: Callable[[list[Measurement]], None],
+    watch: Follower = UNWATCHED,
+) -> tuple[list[Measurement], str]:
     """Time every op, forward and backward, on every row.
 
     Parameters
@@ -363,11 +363,11 @@ def bench_train(
     shapes: Sequence[tuple[int, int]],
     recompute: str | None,
     quick: bool,
-    show: Callable[[list[Result]], None],
-    watch: Watch = UNWATCHED,
+    show: Callable[[list[Measurement]], None],
+    watch: Follower = UNWATCHED,
     begin: Begin | None = None,
     world: World = ALONE,
-) -> tuple[list[Result], str]:
+) -> tuple[list[Measurement], str]:
     """Time a whole training step, optimizer and clipping included, on every row.
 
     Parameters
@@ -417,10 +417,10 @@ def measure(
     works: Sequence[Sequence[Work]],
     rounds: int,
     limit: float,
-    show: Callable[[list[Result]], None],
-    watch: Watch = UNWATCHED,
+    show: Callable[[list[Measurement]], None],
+    watch: Follower = UNWATCHED,
     begin: Begin | None = None,
-) -> tuple[list[Result], str]:
+) -> tuple[list[Measurement], str]:
     """Measure rows on one work after the other: they get ready, are verified, and take turns.
 
     Parameters
@@ -436,7 +436,7 @@ def measure(
     -------
     all results, and how quiet the machine was
     """
-    done: list[Result] = []
+    done: list[Measurement] = []
     quiet = Quiet(threads)
     for group in works:
         with ExitStack() as stack:
@@ -450,17 +450,17 @@ def measure(
                 for i, result in enumerate(results):
                     if result.note.startswith("FAILED") and isinstance(rows[i], Row):
                         note = f"its process ended in {work.group}"
-                        rows[i] = Result("", result.row, note=note)
+                        rows[i] = Measurement("", result.row, note=note)
                 show(results)
                 done += results
     return done, quiet.verdict()
 
 
-def get_ready(row: Row | Result, work: Work) -> Result:
+def get_ready(row: Row | Measurement, work: Work) -> Measurement:
     """Prepare and verify a row's work; the note of the result says why, if it cannot."""
-    name = row.row if isinstance(row, Result) else row.name
-    result = Result(work.group, name, facts=dict(work.facts(name)))
-    if isinstance(row, Result):
+    name = row.row if isinstance(row, Measurement) else row.name
+    result = Measurement(work.group, name, facts=dict(work.facts(name)))
+    if isinstance(row, Measurement):
         result.note = row.note
         return result
     try:
@@ -478,19 +478,19 @@ def get_ready(row: Row | Result, work: Work) -> Result:
 
 
 def take_turns(
-    rows: Sequence[Row | Result],
-    results: Sequence[Result],
+    rows: Sequence[Row | Measurement],
+    results: Sequence[Measurement],
     command: str,
     rounds: int,
     limit: float,
     quiet: Quiet,
-    watch: Watch = UNWATCHED,
+    watch: Follower = UNWATCHED,
 ) -> None:
     """Sample each row once a round; a row with two samples and `limit` seconds sits out."""
     for number in range(rounds):
         quiet.listen()
         for row, result in zip(rows, results, strict=True):
-            if isinstance(row, Result) or result.note:
+            if isinstance(row, Measurement) or result.note:
                 continue
             if len(result.seconds) >= 2 and sum(result.seconds) > limit:
                 continue
@@ -505,7 +505,7 @@ def take_turns(
             time.sleep(0.015)  # until the row's idle threads have stopped spinning
 
 
-def _compare_losses(results: list[Result]) -> None:
+def _compare_losses(results: list[Measurement]) -> None:
     """Mark a row as WRONG if its loss on the same weights and tokens is not that of the first row.
 
     All rows, the first too, have been compared with the reference on a small model.

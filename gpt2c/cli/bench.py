@@ -30,8 +30,8 @@ from gpt2c.bench.report import (
 )
 from gpt2c.bench.suite import (
     TORCH,
-    Result,
-    Watch,
+    Follower,
+    Measurement,
     bench_ops,
     bench_train,
     check_threads,
@@ -219,10 +219,10 @@ def _bench(
     watch = _Shown(works[options.what])
     tables: list[tuple[str, list[list[str]]]] = []
 
-    results: list[Result] = []
+    results: list[Measurement] = []
     interrupted = False
 
-    def show(found: list[Result]) -> None:
+    def show(found: list[Measurement]) -> None:
         results.extend(found)
         if team:
             add_speed_ups(found)
@@ -272,7 +272,7 @@ def _bench(
     return 1 if failed or not any(r.seconds for r in results) else 0
 
 
-class _Shown(Watch):
+class _Shown(Follower):
     """Shows the progress of a benchmark: a bar on a terminal, lines elsewhere."""
 
     def __init__(self, total: int) -> None:
@@ -286,7 +286,7 @@ class _Shown(Watch):
         self._group = ""
 
     def work(self, group: str) -> None:
-        """See `Watch.work`."""
+        """See `Follower.work`."""
         self._number, self._group = self._number + 1, group
         if self._bar is None:
             print(f"measuring {self._number} of {self.total}: {group}", file=sys.stderr)
@@ -295,7 +295,7 @@ class _Shown(Watch):
             self._bar.set_description_str(group)
 
     def now(self, text: str) -> None:
-        """See `Watch.now`."""
+        """See `Follower.now`."""
         if self._bar is not None:
             self._bar.set_description_str(f"{self._group}: {text}")
 

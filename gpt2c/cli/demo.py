@@ -29,7 +29,7 @@ from gpt2c.screen.terminal import write_pieces
 from gpt2c.text.corpus import python_documentation
 from gpt2c.text.documents import TextFiles
 from gpt2c.text.prepare import Prepared, prepare
-from gpt2c.text.shards import Tokens, read_tokens
+from gpt2c.text.shards import TokenArray, read_tokens
 from gpt2c.text.tokenizer import END_OF_TEXT, Tokenizer
 from gpt2c.train.loop import TrainResult
 from gpt2c.train.pretrain import reserved, train
@@ -129,7 +129,9 @@ def _size(count: int) -> str:
     return f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.2f} MB"
 
 
-def compare(model: GPT2 | Llama, tokenizer: Tokenizer, tokens: Tokens, held_out: Tokens) -> None:
+def compare(
+    model: GPT2 | Llama, tokenizer: Tokenizer, tokens: TokenArray, held_out: TokenArray
+) -> None:
     """Print a table of the model, xz and a bigram model on the held-out text."""
     before, text = _Text(tokenizer, tokens), _Text(tokenizer, held_out)
     block_size, size = model.config.n_positions, sum(map(len, text))
@@ -167,7 +169,7 @@ def _prepare(text: Path | None, data: Path, overwrite: bool) -> Prepared:
 class _Text:
     """The text of a token file without its end-of-text marks, in pieces of bytes."""
 
-    def __init__(self, tokenizer: Tokenizer, tokens: Tokens) -> None:
+    def __init__(self, tokenizer: Tokenizer, tokens: TokenArray) -> None:
         self._tokenizer, self._tokens = tokenizer, tokens
 
     def __iter__(self) -> Iterator[bytes]:
@@ -177,7 +179,7 @@ class _Text:
             yield b"".join(map(self._tokenizer.token_bytes, ids))
 
 
-def openings(tokenizer: Tokenizer, held_out: Tokens, most: int) -> list[str]:
+def openings(tokenizer: Tokenizer, held_out: TokenArray, most: int) -> list[str]:
     """Return `SAMPLES` beginnings of lines, from all over the held-out text, as prompts.
 
     They are a few words, or letters in a text without spaces, so a shell takes them as they are.

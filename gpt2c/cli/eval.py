@@ -166,7 +166,7 @@ def _share(value: float, error: float) -> str:
 
 
 @contextmanager
-def _progress(noun: str) -> Iterator[scoring.Watch]:
+def _progress(noun: str) -> Iterator[scoring.Progressed]:
     """Return a function that shows the progress of long work; `noun` names what is counted."""
     shown: list[Progress] = []
 

@@ -60,7 +60,7 @@ from gpt2c.text.gpt2_vocabulary import tiktoken_cache
 
 __all__ = ["PACKAGES", "add_flags", "run_info"]
 
-Row = tuple[str, str]  # a name, and its text
+Fact = tuple[str, str]  # a name, and its text
 
 SHORT = ("numpy", "cffi", "tiktoken", "safetensors")
 PACKAGES = (
@@ -110,7 +110,7 @@ def run_info(options: argparse.Namespace) -> int:
     return 0
 
 
-def _machine_rows(verbose: bool) -> list[Row]:
+def _machine_rows(verbose: bool) -> list[Fact]:
     """Return the rows about this process and its machine."""
     threads = _threads()
     if verbose:
@@ -140,7 +140,7 @@ def _machine_rows(verbose: bool) -> list[Row]:
     ]
 
 
-def rank_rows(world: World) -> list[Row]:
+def rank_rows(world: World) -> list[Fact]:
     """Return a row about MPI, and one for each of several ranks; collective."""
     if not isinstance(world, Ranks):
         return [("MPI", _mpi())]
@@ -200,7 +200,7 @@ def _threads() -> int | str:
         return f"none: {error}"
 
 
-def backend_rows(threads: int | str) -> list[Row]:
+def backend_rows(threads: int | str) -> list[Fact]:
     """Return a row for each backend: its peak, or why it does not run here."""
     chosen, problem = "", ""
     try:
@@ -221,7 +221,7 @@ def backend_rows(threads: int | str) -> list[Row]:
     return rows + ([("backend", f"none chosen: {problem}")] if problem else [])
 
 
-def install_rows() -> list[Row]:
+def install_rows() -> list[Fact]:
     """Return rows about gpt2c, its installation and files, and the Python that runs it."""
     package = Path(__file__).parents[1]
     rows = [("gpt2c", f"{version('gpt2c')} in {package}"), ("installed", _installed())]
@@ -259,7 +259,7 @@ def _blas() -> str:
     return "unknown"
 
 
-def system_rows() -> list[Row]:
+def system_rows() -> list[Fact]:
     """Return rows about the operating system, the C library and standard output."""
     name = f"{platform.system()} {platform.mac_ver()[0]}".strip()
     with suppress(OSError):
@@ -280,7 +280,7 @@ def system_rows() -> list[Row]:
     ]
 
 
-def cpu_rows() -> list[Row]:
+def cpu_rows() -> list[Fact]:
     """Return rows about the processor: features that backends need, caches, cores, load."""
     rows = [("CPU", f"{cpu_name()}, {platform.machine()}")]
     features = dict.fromkeys(f for name in reversed(NAMES) for f in REQUIRES[name])
@@ -358,7 +358,7 @@ def _why(threads: int | str) -> str:
     return f"{threads}, {next(variables, why)}"
 
 
-def memory_rows(threads: int | str) -> list[Row]:
+def memory_rows(threads: int | str) -> list[Fact]:
     """Return rows about the memory, its speed and its limits."""
     spaces = {}
     for name, limit in (("address space", "RLIMIT_AS"), ("data", "RLIMIT_DATA")):
@@ -376,7 +376,7 @@ def memory_rows(threads: int | str) -> list[Row]:
     ]
 
 
-def thread_rows(threads: int | str) -> list[Row]:
+def thread_rows(threads: int | str) -> list[Fact]:
     """Return rows about threads: their number, the reason, and whether they start."""
     if isinstance(threads, str):
         return [("threads", threads)]
@@ -390,7 +390,7 @@ def thread_rows(threads: int | str) -> list[Row]:
     return [*rows, ("they start", "yes")]
 
 
-def environment_rows() -> list[Row]:
+def environment_rows() -> list[Fact]:
     """Return rows about the set VARIABLES, without secrets, and about tiktoken's cache."""
     rows = [("HF_TOKEN", "set" if os.environ.get("HF_TOKEN") else "unset")]
     for name, value in sorted(os.environ.items()):

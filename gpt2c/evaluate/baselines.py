@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 __all__ = ["BLOCK", "bigram_nats", "xz_bits_per_byte"]
 
-Tokens = NDArray[np.uint16]
+TokenArray = NDArray[np.uint16]
 BLOCK = 1 << 20  # tokens that are counted at a time
 _STRENGTHS = np.array([2, 5, 10, 20, 50, 100, 200])  # of the prior: k in `bigram_nats`
 
@@ -35,7 +35,7 @@ def _packed(pieces: Iterable[bytes]) -> int:
     return sum(len(compressor.compress(piece)) for piece in pieces) + len(compressor.flush())
 
 
-def bigram_nats(history: Tokens, tokens: Tokens, vocab_size: int) -> float:
+def bigram_nats(history: TokenArray, tokens: TokenArray, vocab_size: int) -> float:
     """Return the loss over `tokens[1:]`, summed, in nats, of a bigram model counted on `history`.
 
     p(b | a) = (count(a, b) + k p(b)) / (count(a) + k) with p(b) = (count(b) + 1) / (N + V): the
@@ -58,14 +58,16 @@ def bigram_nats(history: Tokens, tokens: Tokens, vocab_size: int) -> float:
     return float(nats.min())
 
 
-def _pairs(tokens: Tokens, vocab_size: int) -> Iterator[NDArray[np.int64]]:
+def _pairs(tokens: TokenArray, vocab_size: int) -> Iterator[NDArray[np.int64]]:
     """Yield each token and its next as one number, a block at a time."""
     for start in range(0, len(tokens) - 1, BLOCK):
         part = tokens[start : start + BLOCK + 1].astype(np.int64)
         yield part[:-1] * vocab_size + part[1:]
 
 
-def _count_pairs(tokens: Tokens, vocab_size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _count_pairs(
+    tokens: TokenArray, vocab_size: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the pairs that occur, sorted, and the count of each."""
     pairs = counts = np.empty(0, np.int64)
     for block in _pairs(tokens, vocab_size):

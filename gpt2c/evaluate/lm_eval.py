@@ -44,7 +44,7 @@ LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 # The settings of a task that are passed on; its lengths and its `until` are converted instead.
 KNOWN = TextSettings.__annotations__.keys() | OFF.keys() | {"num_return_sequences"}
 
-Request = tuple[tuple[str, str] | None, list[int], list[int]]  # strings, context, continuation
+Scored = tuple[tuple[str, str] | None, list[int], list[int]]  # strings, context, continuation
 
 
 class GPT2LM(TemplateLM):  # type: ignore[misc]
@@ -94,7 +94,7 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
         A continuation longer than n_positions is scored piece by piece, each piece with as much
         context as fits. An empty one has 0.0 and True.
         """
-        rows: list[Request] = [
+        rows: list[Scored] = [
             (request.args, *self._encode_pair(*request.args)) for request in requests
         ]
         return self._loglikelihood_tokens(rows, disable_tqdm)
@@ -116,7 +116,7 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
         return before, whole[len(before) :] or self.tok_encode(continuation)
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
+        self, requests: Sequence[Scored], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Score token ids; a context that does not fit n_positions is cut from the left."""
         pieces = [self._pieces(*request[1:]) for request in requests]
@@ -158,7 +158,7 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
             pairs = utils.get_rolling_token_windows(
                 self.tok_encode(string), self.prefix_token_id, self.max_length, context_len=1
             )
-            windows: list[Request] = [(None, *utils.make_disjoint_window(pair)) for pair in pairs]
+            windows: list[Scored] = [(None, *utils.make_disjoint_window(pair)) for pair in pairs]
             total = sum(score for score, _ in self._loglikelihood_tokens(windows, True))
             self.cache_hook.add_partial("loglikelihood_rolling", (string,), total)
             out.append(total)

@@ -13,11 +13,11 @@ import numpy as np
 from gpt2c.model.model import Model
 from gpt2c.parallel.world import ALONE, World
 from gpt2c.text.batches import windows
-from gpt2c.text.shards import StoredTokens, Tokens
+from gpt2c.text.shards import StoredTokens, TokenArray
 
 __all__ = ["Shards", "evaluate"]
 
-Shards = Sequence[Tokens | StoredTokens]
+Shards = Sequence[TokenArray | StoredTokens]
 
 
 def evaluate(

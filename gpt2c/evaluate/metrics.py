@@ -20,7 +20,7 @@ from gpt2c.screen.terminal import columns, one_line
 
 __all__ = ["Averages", "Report", "calibration_error", "compare", "wilson"]
 
-Counts = NDArray[np.int64]
+CountArray = NDArray[np.int64]
 Floats = NDArray[np.float64]
 HEADINGS = ("precision", "recall", "f1-score", "support")
 
@@ -54,7 +54,7 @@ class Report:
     """
 
     labels: tuple[str, ...]
-    confusion: Counts
+    confusion: CountArray
 
     @property
     def count(self) -> int:
@@ -67,12 +67,12 @@ class Report:
         return int(np.trace(self.confusion))
 
     @property
-    def support(self) -> Counts:
+    def support(self) -> CountArray:
         """The number of texts of each label, (K,)."""
         return self.confusion.sum(1)  # type: ignore[no-any-return]
 
     @property
-    def predicted(self) -> Counts:
+    def predicted(self) -> CountArray:
         """How often each label was predicted, (K,)."""
         return self.confusion.sum(0)  # type: ignore[no-any-return]
 
@@ -213,7 +213,7 @@ def calibration_error(probabilities: ArrayLike, true: ArrayLike, bins: int = 15)
     return float(np.abs(gaps).sum() / len(p))
 
 
-def _ratio(part: Counts, whole: Counts) -> Floats:
+def _ratio(part: CountArray, whole: CountArray) -> Floats:
     return np.divide(part, whole, out=np.zeros(len(whole)), where=whole != 0)
 
 

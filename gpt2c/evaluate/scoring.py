@@ -30,9 +30,9 @@ from gpt2c.text.tokenizer import Tokenizer
 
 __all__ = [
     "METRICS",
+    "Progressed",
     "Question",
     "Scorer",
-    "Watch",
     "accuracy",
     "answer",
     "encode_pair",
@@ -42,7 +42,7 @@ __all__ = [
     "token_logprobs",
 ]
 
-Watch = Callable[[int, int, str], None]  # the number done, the number of all, figures to show
+Progressed = Callable[[int, int, str], None]  # the number done, the number of all, figures to show
 METRICS = ("acc", "acc_norm", "acc_per_token")  # the columns of `answer`
 
 
@@ -119,7 +119,7 @@ def token_logprobs(
     tokens: ArrayLike,
     stride: int | None = None,
     max_length: int | None = None,
-    watch: Watch | None = None,
+    watch: Progressed | None = None,
 ) -> NDArray[np.float64]:
     """Return the log-probability of each token of a long text, (N,) in nats, by a sliding window.
 
@@ -343,7 +343,7 @@ def _question(line: str, tokenizer: Tokenizer, n_positions: int) -> Question:
 
 
 def answer(
-    model: LanguageModel, questions: Sequence[Question], watch: Watch | None = None
+    model: LanguageModel, questions: Sequence[Question], watch: Progressed | None = None
 ) -> NDArray[np.bool_]:
     """Answer questions; return which answers are right, (Q, 3) bool, a column per `METRICS`.
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gpt2c.files.atomic import atomic_path
 from gpt2c.files.names import ROLLOUTS
 from gpt2c.files.tensors import map_tensors, write_tensors
-from gpt2c.finetune.policy import Tokens
+from gpt2c.finetune.policy import TokenFacts
 from gpt2c.parallel.world import ALONE, World
 
 __all__ = ["Experience", "load", "prune", "store"]
@@ -38,7 +38,7 @@ class Experience(NamedTuple):
     """
 
     ids: list[NDArray[np.int32]]
-    tokens: Tokens
+    tokens: TokenFacts
     targets: NDArray[np.int32]
     sampled: Floats
     read: int
@@ -87,7 +87,7 @@ def load(out: Path, cycle: int, world: World = ALONE) -> Experience:
         lengths, ids = (arrays.pop(name).astype(np.int32) for name in ("lengths", "ids"))
         targets, sampled = arrays.pop("targets").astype(np.int32), arrays.pop("sampler")
         figures, read = json.loads(metadata["figures"]), int(metadata["read"])
-        tokens = Tokens(**arrays)
+        tokens = TokenFacts(**arrays)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error!r:.70}") from None
     if {len(part) for part in (targets, sampled, *arrays.values())} != {

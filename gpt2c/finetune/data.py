@@ -33,7 +33,7 @@ from gpt2c.text.examples import (
     supervised,
 )
 from gpt2c.text.ragged import Order, held_out
-from gpt2c.text.shards import Split, StoredTokens, checksums, read_shards
+from gpt2c.text.shards import SplitName, StoredTokens, checksums, read_shards
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.settings import setting
 
@@ -218,7 +218,7 @@ def open_data(source: Source, base: Base, settings: SupervisedSettings) -> Data:
 
 def _prepared(path: Path, tokenizer: Tokenizer, settings: FinetuneSettings, most: int) -> Data:
     """Open the token files of a directory; they stay open, so they may be replaced later."""
-    parts: dict[Split, list[StoredTokens]] = {"train": [], "val": []}
+    parts: dict[SplitName, list[StoredTokens]] = {"train": [], "val": []}
     refusal = f"another process prepares {path}: wait for it, or name another directory"
     with atomic.locked(path, refusal, shared=True):
         for split in parts:

@@ -35,7 +35,7 @@ from gpt2c.finetune.policy import (
     SCALES,
     PolicyLoss,
     PolicyObjective,
-    Tokens,
+    TokenFacts,
     centred,
     deviation,
     gae,
@@ -392,7 +392,7 @@ class _GRPO(Method):
                 out[marks] = np.concatenate([each[i] for i in chosen])
             return out
 
-        tokens = Tokens(rows(factors), rows(advantages.reshape(-1)))
+        tokens = TokenFacts(rows(factors), rows(advantages.reshape(-1)))
         if self._ppo:
             tokens = self._valued(tokens, found, rows, marks)
         sampled = rows(rollouts.logps)
@@ -459,7 +459,7 @@ class _GRPO(Method):
             return kept_once(found.passed, [ids.tolist() for ids in found.rollouts.completions])
         return centred(rewards)
 
-    def _valued(self, tokens: Tokens, found: Sampled, rows: Any, marks: Any) -> Tokens:
+    def _valued(self, tokens: TokenFacts, found: Sampled, rows: Any, marks: Any) -> TokenFacts:
         """Return tokens with PPO's advantages, values and returns: the reward is the last's."""
         values, advantages, returns = found.rollouts.values, [], []
         for value, reward in zip(values, np.nan_to_num(found.scores.total), strict=True):
@@ -480,7 +480,7 @@ class _GRPO(Method):
         for part in parts([len(one) - 1 for one in own], self._settings.batch_tokens):
             idx = [one[:-1] for one in own[part]]
             rows = slice(first, first + sum(map(len, idx)))
-            none = Tokens(*np.zeros((2, rows.stop - rows.start)))
+            none = TokenFacts(*np.zeros((2, rows.stop - rows.start)))
             objective = PolicyObjective(
                 targets[rows], none, PolicyLoss(), self._settings.temperature, unused
             )

@@ -32,7 +32,7 @@ __all__ = [
     "Clipped",
     "PolicyLoss",
     "PolicyObjective",
-    "Tokens",
+    "TokenFacts",
     "centred",
     "clipped",
     "deviation",
@@ -218,7 +218,7 @@ def value_loss(
     return np.maximum(free, held) / 2, slopes
 
 
-class Tokens(NamedTuple):
+class TokenFacts(NamedTuple):
     """What is known of tokens before the policy's log-probabilities, (n,) each.
 
     Attributes
@@ -239,10 +239,10 @@ class Tokens(NamedTuple):
     values: Floats | None = None
     returns: Floats | None = None
 
-    def at(self, rows: Rows) -> Tokens:
+    def at(self, rows: Rows) -> TokenFacts:
         """Return these tokens only."""
         known = {name: part[rows] for name, part in self._asdict().items() if part is not None}
-        return Tokens(**known)
+        return TokenFacts(**known)
 
 
 class Terms(NamedTuple):
@@ -280,7 +280,7 @@ class PolicyLoss:
     vf_coef: float = 0.1
     cliprange_value: float = 0.2
 
-    def __call__(self, tokens: Tokens, logps: Floats, values: Floats | None = None) -> Terms:
+    def __call__(self, tokens: TokenFacts, logps: Floats, values: Floats | None = None) -> Terms:
         """Return the terms of n tokens from their log-probabilities and values, (n,) each."""
         none = np.zeros(len(logps), np.bool_)
         advantages = tokens.advantages
@@ -343,7 +343,7 @@ class PolicyObjective:
     def __init__(
         self,
         targets: IntArray,
-        tokens: Tokens,
+        tokens: TokenFacts,
         loss: PolicyLoss,
         temperature: float = 1.0,
         unused: Sequence[int] = (),

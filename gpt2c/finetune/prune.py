@@ -41,7 +41,7 @@ from gpt2c.text.tokenizer import Tokenizer
 __all__ = ["METHODS", "Observed", "PruneSettings", "Pruned", "observe", "prune", "stays"]
 
 METHODS = ("wanda", "magnitude")
-Texts = Callable[[], Iterator[NDArray[np.int32]]]  # of token ids, (T,) each, from the start
+Calibration = Callable[[], Iterator[NDArray[np.int32]]]  # of token ids, (T,) each, from the start
 READ_AT_ONCE = 4096  # tokens of an evaluation
 TIMED_ROUNDS, TIMED_SECONDS = 3, 0.15  # of each model, in turn
 
@@ -187,7 +187,7 @@ def stays(
 
 
 def without_layers(
-    model: CausalLM, texts: Texts, own: PruneSettings
+    model: CausalLM, texts: Calibration, own: PruneSettings
 ) -> tuple[AnyConfig, Mapping[str, Any], str]:
     """Return the config and the tensors without the layers of least influence, and what went."""
     config: Any = model.config
@@ -213,7 +213,7 @@ def without_layers(
 
 
 def without_neurons(
-    model: CausalLM, texts: Texts, own: PruneSettings
+    model: CausalLM, texts: Calibration, own: PruneSettings
 ) -> tuple[AnyConfig, Mapping[str, Any], str]:
     """Return the config and the tensors without the inner neurons that fire least, and a text."""
     config: Any = model.config
@@ -238,7 +238,7 @@ def without_neurons(
 
 
 def with_zeros(
-    model: CausalLM, texts: Texts, own: PruneSettings
+    model: CausalLM, texts: Calibration, own: PruneSettings
 ) -> tuple[AnyConfig, Mapping[str, Any], str]:
     """Return the config and the tensors with zeros in the layers' matrices, and a text.
 

@@ -39,7 +39,7 @@ from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.text.shards import (
     MAGIC,
-    Split,
+    SplitName,
     StoredTokens,
     alone,
     find_shards,
@@ -374,7 +374,7 @@ def _convert_tokens(src: Path, dst: Path, suffix: str, overwrite: bool) -> str:
         else:
             write_tokens(dst, shards[0])
         return f"{dst}: {_describe(headed, shards)}"
-    splits: tuple[Split, ...] = ("train", "val")
+    splits: tuple[SplitName, ...] = ("train", "val")
     found = {split: _open_tokens(paths) for split in splits if (paths := find_shards(src, split))}
     if not found:
         raise FileNotFoundError(f"{src} has no token files {' or '.join(map(token_file, splits))}")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpt2c.files.atomic import atomic_path
-from gpt2c.text.shards import MAGIC, StoredTokens, Tokens, read_start, write_blocks
+from gpt2c.text.shards import MAGIC, StoredTokens, TokenArray, read_start, write_blocks
 
 __all__ = ["open_nanogpt", "write_nanogpt"]
 
@@ -34,7 +34,7 @@ def open_nanogpt(path: str | os.PathLike[str]) -> StoredTokens:
     return StoredTokens(path, 0, size // 2)
 
 
-def write_nanogpt(path: Path, shards: Sequence[Tokens | StoredTokens]) -> None:
+def write_nanogpt(path: Path, shards: Sequence[TokenArray | StoredTokens]) -> None:
     """Write the tokens of all shards into one file, as nanoGPT does: uint16 and no header.
 
     Raises

@@ -20,7 +20,7 @@ __all__ = [
     "Ids",
     "Logprobs",
     "Look",
-    "Step",
+    "Streamed",
     "Text",
     "continue_prompts",
     "read_newest",
@@ -30,11 +30,11 @@ __all__ = [
 ]
 
 IntArray = NDArray[np.int32]
-Watch = Callable[[int], bool]
+GoOn = Callable[[int], bool]
 Look = Callable[[int, NDArray[Any]], None]
 Ids = NDArray[np.int64]
 Logprobs = NDArray[np.float64]
-Step = Ids | tuple[Ids, Logprobs]
+Streamed = Ids | tuple[Ids, Logprobs]
 
 
 class DecoderLike(Protocol):
@@ -79,7 +79,7 @@ class Text:
         ends: Collection[int],
         slot: int,
         number: int = 0,
-        watch: Watch | None = None,
+        watch: GoOn | None = None,
         look: Look | None = None,
         unused: Sequence[int] = (),
     ) -> None:
@@ -188,10 +188,10 @@ def stream(
     prompts: Sequence[Sequence[int]],
     settings: GenerationConfig,
     ends: Collection[int],
-    watches: Sequence[Watch] | None = None,
+    watches: Sequence[GoOn] | None = None,
     look: Look | None = None,
     unused: Sequence[int] = (),
-) -> Iterator[Step]:
+) -> Iterator[Streamed]:
     """Continue prompts together, yielding each step's tokens as soon as they are chosen.
 
     A text that has ended repeats its last token until all have ended. The token that ends a text is
@@ -234,10 +234,10 @@ def continue_prompts(
     model: LanguageModel,
     prompts: list[list[int]],
     config: GenerationConfig,
-    watches: Sequence[Watch] | None = None,
+    watches: Sequence[GoOn] | None = None,
     look: Look | None = None,
     unused: Sequence[int] = (),
-) -> Iterator[Step]:
+) -> Iterator[Streamed]:
     """Continue prompts with a model; for `watches`, `look` and `unused` see `stream`."""
     ends = config.ends(model.config.vocab_size)
     longest = max(len(prompt) for prompt in prompts) + config.max_new_tokens

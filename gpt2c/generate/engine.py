@@ -35,7 +35,7 @@ from gpt2c.text.tokenizer import Tokenizer
 
 __all__ = ["Engine", "EngineFull", "Request"]
 
-Why = Literal["end", "length", "cancelled", "error"]
+Ending = Literal["end", "length", "cancelled", "error"]
 NewToken = TypeVar("NewToken", int, tuple[int, float])
 
 
@@ -76,7 +76,7 @@ class Request(Generic[NewToken]):
     """
 
     def __init__(self, engine: Engine, text: Text, logprobs: bool) -> None:
-        self.ended: Why | None = None
+        self.ended: Ending | None = None
         self._engine = engine
         self._text = text
         self._unread = np.array(text.tokens, np.int32)  # it must read these to join the others
@@ -405,7 +405,7 @@ class Engine:
             )
         return prompt
 
-    def _end(self, request: Request[Any], why: Why, error: Exception | None = None) -> None:
+    def _end(self, request: Request[Any], why: Ending, error: Exception | None = None) -> None:
         """End a request that has not ended yet, and free its slot."""
         with self._lock:
             if request.ended is not None:

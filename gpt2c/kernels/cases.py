@@ -25,9 +25,9 @@ import numpy as np
 from gpt2c.kernels import reference
 from gpt2c.kernels.op import OPS
 
-__all__ = ["BF16_ATTENTION", "EPS", "EXAMPLES", "Example", "Shape", "normalised_error"]
+__all__ = ["BF16_ATTENTION", "EPS", "EXAMPLES", "OpExample", "OpShape", "normalised_error"]
 
-Shape = dict[str, Any]
+OpShape = dict[str, Any]
 EPS = float(np.float32(1e-5))
 # of attention: a kernel rounds multiples of the softmax's weights, the reference the weights, by
 # 2^-9 of each
@@ -36,7 +36,7 @@ KEY, FIRST = 0x9ABCDEF012345678, 0x8765432180000003  # of dropout
 
 
 @dataclass(frozen=True)
-class Example:
+class OpExample:
     """The arguments, tolerance and cost of an op.
 
     Attributes
@@ -51,7 +51,7 @@ class Example:
 
     rtol: float
     make: Callable[..., list[Any]]
-    shapes: list[Shape]
+    shapes: list[OpShape]
     cost: Callable[..., tuple[float, float]]
     kinds: dict[str, float] = field(default_factory=dict)
 
@@ -391,55 +391,55 @@ def _global_norm(rng: Any, n: int, kind: str = "normal") -> list[Any]:
 SUM, FEW, COPY = 4e-6, 2e-6, 0.0  # long sums; a few operations, or short sums; no operation
 ROUNDING = 1.2e-7  # one operation: half a unit in the last place of its result, and a margin
 
-ENCODER: list[Shape] = [{"B": 4, "T": 1024, "C": 768, "V": 50257}]
-ROWS: list[Shape] = [{"N": 4096, "C": 768}]
-MATMUL: list[Shape] = [
+ENCODER: list[OpShape] = [{"B": 4, "T": 1024, "C": 768, "V": 50257}]
+ROWS: list[OpShape] = [{"N": 4096, "C": 768}]
+MATMUL: list[OpShape] = [
     {"N": 1024, "C": 768, "OC": 3072},
     {"N": 1024, "C": 3072, "OC": 768},
     {"N": 1024, "C": 768, "OC": 768},
     {"N": 256, "C": 768, "OC": 3072},
     {"N": 1024, "C": 768, "OC": 50257},
 ]
-ATTENTION: list[Shape] = [
+ATTENTION: list[OpShape] = [
     {"B": 1, "T": 1024, "NH": 12, "HS": 64},
     {"B": 4, "T": 64, "NH": 12, "HS": 64},
 ]
-ROPE: list[Shape] = [{"B": 4, "T": 1024, "NH": 12, "D": 32}]
-TRANSPOSE: list[Shape] = [{"R": 768, "C": 3072}, {"R": 3072, "C": 768}]
+ROPE: list[OpShape] = [{"B": 4, "T": 1024, "NH": 12, "D": 32}]
+TRANSPOSE: list[OpShape] = [{"R": 768, "C": 3072}, {"R": 3072, "C": 768}]
 # one token, tokens of several texts, and a piece of a prompt
-LINEAR: list[Shape] = [
+LINEAR: list[OpShape] = [
     {"N": N, "C": 768, "OC": OC, "kind": kind}
     for N, OC in [(1, 3072), (1, 50257), (8, 3072), (256, 3072)]
     for kind in ("float32", "float16", "uint8")
 ]
 WEIGHT_BYTES = {"float32": 4, "float16": 2, "uint8": 1}
-CACHE: list[Shape] = [
+CACHE: list[OpShape] = [
     {"B": 1, "T": 1, "NH": 12, "HS": 64, "position": 1023, "P": 1024},
     {"B": 1, "T": 256, "NH": 12, "HS": 64, "position": 768, "P": 1024},
 ]
-LOGITS: list[Shape] = [{"N": 512, "V": 50257}]
-ADAPTERS: list[Shape] = [{**shape, "R": 8} for shape in MATMUL]
-HIDDEN: list[Shape] = [{"n": 4096 * 3072}]
-GATED: list[Shape] = [{"N": 4096, "C": 2048}]
-STREAM: list[Shape] = [{"n": 4096 * 768}]
-WEIGHTS: list[Shape] = [{"n": 40_000_000}]
+LOGITS: list[OpShape] = [{"N": 512, "V": 50257}]
+ADAPTERS: list[OpShape] = [{**shape, "R": 8} for shape in MATMUL]
+HIDDEN: list[OpShape] = [{"n": 4096 * 3072}]
+GATED: list[OpShape] = [{"N": 4096, "C": 2048}]
+STREAM: list[OpShape] = [{"n": 4096 * 768}]
+WEIGHTS: list[OpShape] = [{"n": 40_000_000}]
 
 ODD_ROWS = ("large", "offset", "constant", "zero")
 ODD_HIDDEN = ("wide", "huge", "tiny", "zero")
 ODD_LOGITS = ("ignored", "equal", "spread")
 
-EXAMPLES: dict[str, Example] = {
-    "encoder_forward": Example(
+EXAMPLES: dict[str, OpExample] = {
+    "encoder_forward": OpExample(
         ROUNDING,
         _encoder_forward,
         ENCODER,
         lambda B, T, C, V: (B * T * C, 8 * B * T * C),
         kinds={"float16": ROUNDING, "uint8": ROUNDING},
     ),
-    "encoder_backward": Example(
+    "encoder_backward": OpExample(
         FEW, _encoder_backward, ENCODER, lambda B, T, C, V: (2 * B * T * C, 12 * B * T * C)
     ),
-    "layernorm_forward": Example(
+    "layernorm_forward": OpExample(
         FEW,
         _layernorm_forward,
         ROWS,
@@ -448,14 +448,14 @@ EXAMPLES: dict[str, Example] = {
         # and where the variance is 0, rstd = 316 multiplies it
         kinds={"large": FEW, "offset": 1e-3, "constant": 1e-4, "zero": FEW},
     ),
-    "layernorm_backward": Example(  # dweight and dbias are sums over rows
+    "layernorm_backward": OpExample(  # dweight and dbias are sums over rows
         SUM,
         _layernorm_backward,
         ROWS,
         lambda N, C: (16 * N * C, 16 * N * C),
         kinds=dict.fromkeys(ODD_ROWS, FEW),
     ),
-    "rmsnorm_forward": Example(
+    "rmsnorm_forward": OpExample(
         FEW,
         _rmsnorm_forward,
         ROWS,
@@ -464,7 +464,7 @@ EXAMPLES: dict[str, Example] = {
         # channels lose 5e-6
         kinds=dict.fromkeys(ODD_ROWS, FEW) | {"constant": 1e-5},
     ),
-    "rmsnorm_backward": Example(  # dweight is a sum over rows
+    "rmsnorm_backward": OpExample(  # dweight is a sum over rows
         SUM,
         _rmsnorm_backward,
         ROWS,
@@ -472,7 +472,7 @@ EXAMPLES: dict[str, Example] = {
         kinds=dict.fromkeys(ODD_ROWS, FEW),
     ),
     # with 8-bit weights the sums are of integers and exact; only a few roundings remain
-    "matmul_forward": Example(
+    "matmul_forward": OpExample(
         SUM,
         _matmul_forward,
         MATMUL + LINEAR,
@@ -484,20 +484,20 @@ EXAMPLES: dict[str, Example] = {
         # rounded
         kinds={"float16": SUM, "uint8": 1e-6},
     ),
-    "matmul_backward": Example(
+    "matmul_backward": OpExample(
         SUM,
         _matmul_backward,
         [{**shape, "accumulate": False} for shape in MATMUL],
         lambda N, C, OC, accumulate: (4 * N * C * OC, 8 * (N * C + OC * C) + 4 * N * OC),
         kinds={"float16": SUM, "uint8": SUM},
     ),
-    "lora_forward": Example(
+    "lora_forward": OpExample(
         SUM,
         _lora_forward,
         ADAPTERS,
         lambda N, C, OC, R: (2 * N * R * (C + OC), 4 * (N * C + 2 * N * OC + R * (N + C + OC))),
     ),
-    "lora_backward": Example(
+    "lora_backward": OpExample(
         SUM,
         _lora_backward,
         [{**shape, "accumulate": False} for shape in ADAPTERS],
@@ -506,9 +506,9 @@ EXAMPLES: dict[str, Example] = {
             4 * (2 * N * C + N * OC + R * (N + 2 * C + 2 * OC)),
         ),
     ),
-    "matrix_transpose": Example(COPY, _matrix_transpose, TRANSPOSE, lambda R, C: (0, 8 * R * C)),
+    "matrix_transpose": OpExample(COPY, _matrix_transpose, TRANSPOSE, lambda R, C: (0, 8 * R * C)),
     # the causal half; backward computes the scores again, which is not counted
-    "attention_forward": Example(
+    "attention_forward": OpExample(
         SUM,
         _attention_forward,
         ATTENTION + CACHE,
@@ -520,77 +520,77 @@ EXAMPLES: dict[str, Example] = {
         # scores of hundreds are rounded by 1e-5 and more, the relative error of their exp
         kinds={"saturated": 1e-4},
     ),
-    "attention_backward": Example(
+    "attention_backward": OpExample(
         SUM,
         _attention_backward,
         ATTENTION,
         lambda B, T, NH, HS: (4 * B * NH * HS * T * T, 32 * B * T * NH * HS),
         kinds={"saturated": 1e-4},
     ),
-    "rope_forward": Example(
+    "rope_forward": OpExample(
         FEW,
         _rope_forward,
         ROPE,
         lambda B, T, NH, D: (6 * B * T * (NH + 1) * D, 16 * B * T * (NH + 2) * D),
     ),
-    "rope_backward": Example(
+    "rope_backward": OpExample(
         FEW,
         _rope_forward,  # a gradient has the shape of qkv
         ROPE,
         lambda B, T, NH, D: (6 * B * T * (NH + 1) * D, 16 * B * T * (NH + 2) * D),
     ),
-    "gelu_forward": Example(
+    "gelu_forward": OpExample(
         FEW,
         _gelu_forward,
         HIDDEN,
         lambda n: (18 * n, 8 * n),
         kinds=dict.fromkeys(ODD_HIDDEN, FEW),
     ),
-    "gelu_backward": Example(
+    "gelu_backward": OpExample(
         FEW,
         _gelu_backward,
         HIDDEN,
         lambda n: (28 * n, 12 * n),
         kinds=dict.fromkeys(ODD_HIDDEN, FEW),
     ),
-    "swiglu_forward": Example(
+    "swiglu_forward": OpExample(
         FEW,
         _swiglu_forward,
         GATED,
         lambda N, C: (14 * N * C, 12 * N * C),
         kinds=dict.fromkeys(ODD_HIDDEN, FEW),
     ),
-    "swiglu_backward": Example(
+    "swiglu_backward": OpExample(
         FEW,
         _swiglu_backward,
         GATED,
         lambda N, C: (20 * N * C, 20 * N * C),
         kinds=dict.fromkeys(ODD_HIDDEN, FEW),
     ),
-    "residual_forward": Example(ROUNDING, _residual_forward, STREAM, lambda n: (n, 12 * n)),
+    "residual_forward": OpExample(ROUNDING, _residual_forward, STREAM, lambda n: (n, 12 * n)),
     # integers count as operations: in 4 words, 7 rounds of 2 products, 4 exclusive ors and 2 sums
-    "dropout_forward": Example(
+    "dropout_forward": OpExample(
         ROUNDING, _dropout_forward, ROWS, lambda N, C: (16 * N * C, 8 * N * C)
     ),
-    "crossentropy_forward": Example(
+    "crossentropy_forward": OpExample(
         FEW,
         _crossentropy_forward,
         LOGITS,
         lambda N, V: (13 * N * V, 4 * N * V),
         kinds=dict.fromkeys(ODD_LOGITS, FEW),
     ),
-    "crossentropy_backward": Example(
+    "crossentropy_backward": OpExample(
         FEW,
         _crossentropy_backward,
         LOGITS,
         lambda N, V: (12 * N * V, 8 * N * V),
         kinds=dict.fromkeys(ODD_LOGITS, FEW),
     ),
-    "adamw_update": Example(
+    "adamw_update": OpExample(
         FEW, _adamw_update, WEIGHTS, lambda n: (14 * n, 28 * n), kinds={"zero": FEW}
     ),
     # summed in float64 by the kernels too
-    "global_norm": Example(
+    "global_norm": OpExample(
         1e-12,
         _global_norm,
         WEIGHTS,

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from gpt2c.kernels.memory import Array
-from gpt2c.model.block import NO_CACHE, Batch, Life, Parameter, Run, Slot, Stage
+from gpt2c.model.block import NO_CACHE, Batch, Life, Parameter, Pass, Slot, Stage
 from gpt2c.model.linear import Linear
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Attention:
         """Count the multiply-adds: a query sees T/2 keys on average, for q k^T and for p v."""
         return self.qkv.flops(T) + self.proj.flops(T) + self.proj.C * T
 
-    def forward(self, run: Run, out: Array, x: Array) -> None:
+    def forward(self, run: Pass, out: Array, x: Array) -> None:
         """Write out (N, C) of x (N, C)."""
         qkv, att = run.a[self._qkv], run.a[self._att]
         straight = run.floats(self._qkv) if self._rope else qkv  # q and k are rounded when turned
@@ -87,7 +87,7 @@ class Attention:
         )
         self.proj.forward(run, out, att)
 
-    def stages(self, run: Run, out: Array, x: Array) -> Iterable[Stage]:
+    def stages(self, run: Pass, out: Array, x: Array) -> Iterable[Stage]:
         """Yield the stages that add to out (N, C) what `forward` makes of x (N, C)."""
         qkv, att = run.a[self._qkv], run.a[self._att]
         cache = run.caches[self.name]._asdict()
@@ -96,7 +96,7 @@ class Attention:
         yield Stage("attention", att, qkv, **cache, cos=cos, sin=sin, NH=self.NH)
         yield from self.proj.stages(run, out, att, "add")
 
-    def backward(self, run: Run, d_x: Array | None, d_out: Array, x: Array) -> None:
+    def backward(self, run: Pass, d_x: Array | None, d_out: Array, x: Array) -> None:
         """Write d_x (N, C), which may be x, and the gradients of both layers."""
         qkv, att, lse = run.a[self._qkv], run.a[self._att], run.a[self._lse]
         d_att = run.a[self._d_att]  # the op below reads att beside its gradient

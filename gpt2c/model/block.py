@@ -39,7 +39,7 @@ __all__ = [
     "IntArray",
     "Life",
     "Parameter",
-    "Run",
+    "Pass",
     "Slot",
     "Stage",
     "check_dropout",
@@ -121,8 +121,8 @@ class Slot(NamedTuple):
     Attributes
     ----------
     over : the slot whose memory it may overwrite when no backward pass follows
-    factor : whether it is a factor of products, and so may hold 16 bits, see `Run.precision`
-    taken : whether a gradient takes its memory, or with 16 bits that of float32, see `Run.take`
+    factor : whether it is a factor of products, and so may hold 16 bits, see `Pass.precision`
+    taken : whether a gradient takes its memory, or with 16 bits that of float32, see `Pass.take`
     """
 
     name: str
@@ -258,7 +258,7 @@ def check_dropout(dropout: Dropout | None, N: int) -> Dropout:
     return Dropout(rate, seed, first)
 
 
-class Run:
+class Pass:
     """A batch on its way through the blocks: all that a block is handed; it owns nothing.
 
     Attributes

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gpt2c.kernels.memory import Array
-from gpt2c.model.block import Batch, IntArray, Life, Parameter, Run, Slot, Stage
+from gpt2c.model.block import Batch, IntArray, Life, Parameter, Pass, Slot, Stage
 
 __all__ = ["Embedding"]
 
@@ -41,7 +41,7 @@ class Embedding:
         """Count no multiply-adds: rows are looked up."""
         return 0.0
 
-    def forward(self, run: Run, idx: IntArray) -> Array:
+    def forward(self, run: Pass, idx: IntArray) -> Array:
         """Return the embeddings (N, C) of idx (B, T)."""
         out, p = run.a["encoded"], run.p
         run.ops.encoder_forward(
@@ -50,12 +50,12 @@ class Embedding:
         )
         return run.drop(out, out, "encoded")
 
-    def stages(self, run: Run, out: Array) -> Iterable[Stage]:
+    def stages(self, run: Pass, out: Array) -> Iterable[Stage]:
         """Yield the stage that does `forward`."""
         wte, scale, wpe = (run.p.get(name) for name in ("wte.weight", "wte.scale", "wpe.weight"))
         yield Stage("encoder", out, weight=wte, scale=scale, wpe=wpe)
 
-    def backward(self, run: Run, d_out: Array, idx: IntArray) -> None:
+    def backward(self, run: Pass, d_out: Array, idx: IntArray) -> None:
         """Add to the gradients of both tables; a tied wte's has what the head wrote.
 
         With dropout, d_out (N, C) becomes the gradient of the sum before it.

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.kernels.memory import Array
-from gpt2c.model.block import Batch, Life, Parameter, Run, Slot, Stage
+from gpt2c.model.block import Batch, Life, Parameter, Pass, Slot, Stage
 from gpt2c.model.objective import Objective, Rows
 
 __all__ = ["Head"]
@@ -62,16 +62,16 @@ class Head:
         """Count the multiply-adds of a token."""
         return self.V * self.C
 
-    def forward(self, run: Run, out: Array, x: Array) -> None:
+    def forward(self, run: Pass, out: Array, x: Array) -> None:
         """Write logits (N, V) of x (N, C)."""
         weight, scale = run.p[self.weight], run.p.get(self.scale)
         run.ops.matmul_forward(out, x, weight, None, scale, run.precision)
 
-    def stages(self, run: Run, out: Array, x: Array) -> Iterable[Stage]:
+    def stages(self, run: Pass, out: Array, x: Array) -> Iterable[Stage]:
         """Yield the stage that does `forward`."""
         yield Stage("matmul", out, x, weight=run.p[self.weight], scale=run.p.get(self.scale))
 
-    def losses(self, run: Run, x: Array, objective: Objective) -> Array:
+    def losses(self, run: Pass, x: Array, objective: Objective) -> Array:
         """Return the losses (N,) of x (N, C)."""
         losses, live = run.a["losses"], live_rows(objective)
         for block, rows in self._blocks(run, len(x), live):
@@ -81,7 +81,7 @@ class Head:
         return losses
 
     def learn(
-        self, run: Run, d_weight: Array | None, x: Array, objective: Objective, scale: float
+        self, run: Pass, d_weight: Array | None, x: Array, objective: Objective, scale: float
     ) -> Array:
         """Return `losses`, and turn x into its gradient, that of scale * sum(losses).
 
@@ -113,7 +113,7 @@ class Head:
 
     def backward(
         self,
-        run: Run,
+        run: Pass,
         d_weight: Array | None,
         x: Array,
         d_logits: Array,
@@ -128,14 +128,14 @@ class Head:
         x.fill(0.0)
         x[rows] = part
 
-    def _logits(self, run: Run, x: Array) -> Array:
+    def _logits(self, run: Pass, x: Array) -> Array:
         """Return the logits of a block of rows; they are void at the next."""
         logits = run.a["logits"][: len(x)]
         self.forward(run, logits, x)
         return logits
 
     def _blocks(
-        self, run: Run, N: int, live: NDArray[np.intp] | None
+        self, run: Pass, N: int, live: NDArray[np.intp] | None
     ) -> Iterator[tuple[slice, Rows]]:
         """Divide N rows, or those of `live`, into blocks of nearly one size that fit the memory.
 

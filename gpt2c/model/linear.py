@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from gpt2c.kernels.memory import Array
-from gpt2c.model.block import Batch, Parameter, Run, Slot, Stage
+from gpt2c.model.block import Batch, Parameter, Pass, Slot, Stage
 
 if TYPE_CHECKING:
     from gpt2c.model.lora import Adapter
@@ -59,7 +59,7 @@ class Linear:
         """Count the multiply-adds of a token."""
         return self.OC * self.C + (self.adapter.flops() if self.adapter else 0)
 
-    def forward(self, run: Run, out: Array, x: Array) -> None:
+    def forward(self, run: Pass, out: Array, x: Array) -> None:
         """Write out (N, OC) of x (N, C)."""
         p = run.p
         run.ops.matmul_forward(
@@ -69,14 +69,14 @@ class Linear:
             self.adapter.forward(run, out, x)
 
     def stages(
-        self, run: Run, out: Array, x: Array, then: str = "write", inner: Array | None = None
+        self, run: Pass, out: Array, x: Array, then: str = "write", inner: Array | None = None
     ) -> Iterable[Stage]:
         """Yield the stage that does `forward` and `then`, see `Stage`."""
         weight, scale, bias = run.p[self.weight], run.p.get(self.scale), run.p.get(self.bias)
         adapter = self.adapter.stage(run) if self.adapter else {}
         yield Stage("matmul", out, x, then, inner, weight=weight, scale=scale, bias=bias, **adapter)
 
-    def backward(self, run: Run, d_x: Array | None, d_out: Array, x: Array) -> None:
+    def backward(self, run: Pass, d_x: Array | None, d_out: Array, x: Array) -> None:
         """Write d_x (N, C), which may be x, and the gradients of the parameters.
 
         What is None or frozen is not computed.

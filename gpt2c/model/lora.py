@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2c.kernels.checks import number, whole
 from gpt2c.kernels.memory import Array
-from gpt2c.model.block import Batch, Life, Parameter, Run, Slot
+from gpt2c.model.block import Batch, Life, Parameter, Pass, Slot
 
 if TYPE_CHECKING:
     from gpt2c.model.stack import Stack
@@ -131,12 +131,12 @@ class Adapter:
         """Count the multiply-adds of a token."""
         return self.R * (self.C + self.OC)
 
-    def forward(self, run: Run, out: Array, x: Array) -> None:
+    def forward(self, run: Pass, out: Array, x: Array) -> None:
         """Add s (x A^T) B^T to out (N, OC)."""
         p, low = run.p, run.a[self._low]
         run.ops.lora_forward(out, low, out, x, p[self.down], p[self.up], self.scale)
 
-    def stage(self, run: Run) -> dict[str, Any]:
+    def stage(self, run: Pass) -> dict[str, Any]:
         """Return the fields of the layer's `Stage` that do `forward`."""
         return {
             "down": run.p[self.down],
@@ -145,7 +145,7 @@ class Adapter:
             "factor": self.scale,
         }
 
-    def backward(self, run: Run, d_x: Array | None, d_out: Array, x: Array) -> None:
+    def backward(self, run: Pass, d_x: Array | None, d_out: Array, x: Array) -> None:
         """Write d_x (N, C), the adapter's part, which may be x, and the gradients of A and B."""
         p, g = run.p, run.g
         run.ops.lora_backward(

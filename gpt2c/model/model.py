@@ -25,7 +25,7 @@ from gpt2c.model.block import (
     Batch,
     Dropout,
     IntArray,
-    Run,
+    Pass,
     Slot,
     check_dropout,
 )
@@ -65,7 +65,7 @@ class _Pending(NamedTuple):
     rows : the tokens that `scores` has read
     """
 
-    run: Run
+    run: Pass
     tokens: IntArray
     shapes: Sequence[tuple[int, ...]] = ()
     targets: IntArray | None = None
@@ -188,7 +188,7 @@ class Model(ModelWeights):
         batch = Batch(*tokens.shape)
         with self._owner.alone():
             a = Activations(self._stack.slots, None).lay_out(batch, keep=True)
-            run = Run(self.backend, self._parameters, a, batch, precision=self.precision)
+            run = Pass(self.backend, self._parameters, a, batch, precision=self.precision)
             self._stack.forward(run, tokens)
         return Trace(self._stack, run)
 
@@ -351,7 +351,7 @@ class Model(ModelWeights):
         require("the logits", {"logits": 4 * len(hidden) * head.V}, "take fewer rows")
         out = np.empty((len(hidden), head.V), np.float32)
         batch = Batch(1, len(hidden))
-        run = Run(self.backend, self._parameters, {}, batch, precision=self.precision)
+        run = Pass(self.backend, self._parameters, {}, batch, precision=self.precision)
         head.forward(run, out, np.ascontiguousarray(hidden))
         return out
 
@@ -457,12 +457,12 @@ class Model(ModelWeights):
         yield from self._stack.slots(batch)
         yield from self._stack.head.slots(batch)
 
-    def _start(self, tokens: Tokens, keep: bool, dropout: Dropout = NO_DROPOUT) -> Run:
+    def _start(self, tokens: Tokens, keep: bool, dropout: Dropout = NO_DROPOUT) -> Pass:
         """Lay out the activations of a batch; with `keep`, those of backward stay."""
         self._pending = None  # its views go first, so that memory which must grow is let go
         batch = Batch(*tokens.ids.shape)
         a = self._memory.lay_out(batch, keep)
-        run = Run(
+        run = Pass(
             *(self.backend, self._placed.own, a, batch, tokens.offsets),
             dropout=dropout,
             precision=self.precision,
@@ -613,7 +613,7 @@ class Model(ModelWeights):
                 self._grads.flat[self.decay_size :].fill(0.0)
             self._stack.backward(run, d_out, pending.tokens, self._memory.kept)
 
-    def _add_head(self, run: Run, scale: float) -> None:
+    def _add_head(self, run: Pass, scale: float) -> None:
         """Bring in the gradients that `loss` has computed, of the head and its input."""
         d_head, d_out = self._d_head, run.a["ln_f"]
         if scale != 1.0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gpt2c.kernels.memory import Array
-from gpt2c.model.block import Batch, Life, Parameter, Run, Slot, Stage
+from gpt2c.model.block import Batch, Life, Parameter, Pass, Slot, Stage
 
 __all__ = ["LayerNorm", "Norm", "RMSNorm"]
 
@@ -43,19 +43,19 @@ class LayerNorm:
         """Count no multiply-adds: there are no products of matrices."""
         return 0.0
 
-    def forward(self, run: Run, out: Array, x: Array) -> None:
+    def forward(self, run: Pass, out: Array, x: Array) -> None:
         """Write out (N, C) of x (N, C), and the statistics."""
         p, a = run.p, run.a
         run.ops.layernorm_forward(
             out, a[self.mean], a[self.rstd], x, p[self.weight], p[self.bias], self._eps
         )
 
-    def stages(self, run: Run, out: Array, x: Array) -> Iterable[Stage]:
+    def stages(self, run: Pass, out: Array, x: Array) -> Iterable[Stage]:
         """Yield the stage that does `forward`."""
         gain, shift = run.p[self.weight], run.p[self.bias]
         yield Stage("layernorm", out, x, gain=gain, shift=shift, eps=self._eps)
 
-    def backward(self, run: Run, d_x: Array, d_out: Array, x: Array) -> None:
+    def backward(self, run: Pass, d_x: Array, d_out: Array, x: Array) -> None:
         """Add to d_x, the gradient of the stream: what came past the block stands there."""
         p, g, a = run.p, run.g, run.a
         run.ops.layernorm_backward(
@@ -90,15 +90,15 @@ class RMSNorm:
         """Count no multiply-adds: there are no products of matrices."""
         return 0.0
 
-    def forward(self, run: Run, out: Array, x: Array) -> None:
+    def forward(self, run: Pass, out: Array, x: Array) -> None:
         """Write out (N, C) of x (N, C), and the statistics."""
         run.ops.rmsnorm_forward(out, run.a[self.rstd], x, run.p[self.weight], self._eps)
 
-    def stages(self, run: Run, out: Array, x: Array) -> Iterable[Stage]:
+    def stages(self, run: Pass, out: Array, x: Array) -> Iterable[Stage]:
         """Yield the stage that does `forward`."""
         yield Stage("rmsnorm", out, x, gain=run.p[self.weight], eps=self._eps)
 
-    def backward(self, run: Run, d_x: Array, d_out: Array, x: Array) -> None:
+    def backward(self, run: Pass, d_x: Array, d_out: Array, x: Array) -> None:
         """Add to d_x, the gradient of the stream: what came past the block stands there."""
         weight = self.weight
         run.ops.rmsnorm_backward(d_x, run.g.get(weight), d_out, x, run.p[weight], run.a[self.rstd])

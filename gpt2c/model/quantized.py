@@ -23,7 +23,7 @@ from gpt2c.model.parameters import Tensor
 __all__ = [
     "DTYPES",
     "WEIGHTS",
-    "Layout",
+    "TypedLayout",
     "Weights",
     "check_method",
     "check_weights",
@@ -43,7 +43,7 @@ DTYPES = {"int8": np.uint8, "fp16": np.float16}
 Weights = Literal["fp32", "int8", "fp16"]
 WEIGHTS = ("fp32", *DTYPES)  # the types of weights that a model can have
 
-Layout = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]  # name -> shape, dtype
+TypedLayout = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]  # name -> shape, dtype
 
 
 def check_method(method: str) -> None:
@@ -65,7 +65,7 @@ def check_weights(weights: str, config: ModelConfig) -> None:
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def layout_of(parameters: Iterable[Parameter], weights: str) -> Layout:
+def layout_of(parameters: Iterable[Parameter], weights: str) -> TypedLayout:
     """Return the arrays that a model with these weights has for its parameters.
 
     An int8 weight, "x.weight", has a float32 factor for each of its rows behind it, "x.scale".
@@ -89,7 +89,7 @@ def shapes_of(config: ModelConfig, weights: str) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, (shape, _) in layout.items()}
 
 
-def room_of(layout: Layout) -> dict[str, tuple[int, ...]]:
+def room_of(layout: TypedLayout) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of the flat float32 memory that each array takes."""
     return {
         name: shape if dtype == np.float32 else (-(-math.prod(shape) * dtype.itemsize // 4),)
@@ -97,7 +97,7 @@ def room_of(layout: Layout) -> dict[str, tuple[int, ...]]:
     }
 
 
-def typed_views(flat: Array, layout: Layout) -> dict[str, NDArray[Any]]:
+def typed_views(flat: Array, layout: TypedLayout) -> dict[str, NDArray[Any]]:
     """Return views of flat memory, an array for each name; each starts on a cache line."""
     arrays: dict[str, NDArray[Any]] = dict(named_views(flat, room_of(layout)))
     for name, (shape, dtype) in layout.items():

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from gpt2c.kernels.backend import Backend
 from gpt2c.kernels.checks import check_int32, check_layout, counted, whole
 from gpt2c.kernels.memory import Array, aligned_offsets, aligned_zeros, require, view
-from gpt2c.model.block import Batch, Cache, Run
+from gpt2c.model.block import Batch, Cache, Pass
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.plan import Activations
-from gpt2c.model.quantized import Layout, room_of, typed_views
+from gpt2c.model.quantized import TypedLayout, room_of, typed_views
 
 __all__ = ["CACHES", "CHUNK", "CacheType", "Decoder", "check_cache"]
 
@@ -172,7 +172,7 @@ class Decoder:
         """Return the stages of a step, in memory of their own, as kernels take them."""
         batch = Batch(self.slots, 1)
         a = Activations(self._stack.slots, None).lay_out(batch, keep=False)
-        run = Run(self._backend, self._parameters, a, batch, caches=self._caches(slice(None)))
+        run = Pass(self._backend, self._parameters, a, batch, caches=self._caches(slice(None)))
         return self._backend.bind_step(self._stack.stages(run, self._logits))
 
     def read(self, tokens: NDArray[np.int32], slot: int, position: int) -> Array:
@@ -250,7 +250,7 @@ class Decoder:
         if not (out.flags.carray and rows.flags.c_contiguous and rows.flags.aligned):
             raise ValueError("out and rows must be C-contiguous and aligned, and out writeable")
         batch = Batch(1, len(rows))
-        run = Run(
+        run = Pass(
             *(self._backend, self._parameters, {}, batch), precision=self._precision_of(len(rows))
         )
         self._stack.head.forward(run, out, rows)
@@ -308,12 +308,12 @@ class Decoder:
             if ours is not None and theirs is not None:
                 ours[:, target, :, :length] = theirs[:, source, :, :length]
 
-    def _start(self, T: int, slot: int, position: int) -> Run:
+    def _start(self, T: int, slot: int, position: int) -> Pass:
         """Lay out a pass of T tokens of one text through the blocks."""
         batch, caches = Batch(1, T), self._caches(slice(slot, slot + 1))
         precision = self._precision_of(T)
         a = self._activations[precision].lay_out(batch, keep=False)
-        return Run(
+        return Pass(
             *(self._backend, self._parameters, a, batch),
             caches=caches,
             position=position,
@@ -334,7 +334,7 @@ class Decoder:
         }
 
 
-def _layout(cache: str, shape: tuple[int, ...]) -> Layout:
+def _layout(cache: str, shape: tuple[int, ...]) -> TypedLayout:
     """Return the arrays of a `Cache` of this type; shape is that of keys and values."""
     numbers, scales = (shape, np.dtype(CACHES[cache])), (shape[:-1], np.dtype(np.float32))
     layout = {"keys": numbers, "values": numbers}

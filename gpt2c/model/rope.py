@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpt2c.kernels.memory import Array, require
-from gpt2c.model.block import Run
+from gpt2c.model.block import Pass
 
 if TYPE_CHECKING:
     from gpt2c.model.rope_scaling import RopeScaling
@@ -56,7 +56,7 @@ class Rope:
             self._tables = tables
         return tables
 
-    def forward(self, run: Run, out: Array, qkv: Array, heads: int) -> None:
+    def forward(self, run: Pass, out: Array, qkv: Array, heads: int) -> None:
         """Turn the first `heads` heads, those of q and k, of each row of qkv (N, W).
 
         Write out (N, W), which may be qkv.
@@ -64,7 +64,7 @@ class Rope:
         rows, tables = run.rows(qkv), self.tables(run.position + run.batch.T)
         run.ops.rope_forward(run.rows(out), rows, *tables, run.offsets, heads, run.position)
 
-    def backward(self, run: Run, d_qkv: Array, heads: int) -> None:
+    def backward(self, run: Pass, d_qkv: Array, heads: int) -> None:
         """Turn their gradients back, in place."""
         rows, tables = run.rows(d_qkv), self.tables(run.position + run.batch.T)
         run.ops.rope_backward(rows, rows, *tables, run.offsets, heads, run.position)

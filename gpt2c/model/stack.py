@@ -14,7 +14,7 @@ from itertools import chain
 
 from gpt2c.kernels.memory import Array
 from gpt2c.model.attention import Attention
-from gpt2c.model.block import Batch, Block, IntArray, Life, Parameter, Run, Slot, Stage
+from gpt2c.model.block import Batch, Block, IntArray, Life, Parameter, Pass, Slot, Stage
 from gpt2c.model.embedding import Embedding
 from gpt2c.model.head import Head
 from gpt2c.model.linear import Linear
@@ -55,7 +55,7 @@ class Layer:
         yield Slot("branch", shape, Life.SCRATCH)
         yield from chain.from_iterable(block.slots(batch) for block in self.blocks)
 
-    def forward(self, run: Run, x: Array) -> Array:
+    def forward(self, run: Pass, x: Array) -> Array:
         """Return out (N, C) of x (N, C)."""
         a, branch = run.a, run.a["branch"]
         middle, out = a[self._middle], a[self.out]
@@ -67,12 +67,12 @@ class Layer:
         self._add(run, self.out, middle)
         return out
 
-    def _add(self, run: Run, name: str, x: Array) -> None:
+    def _add(self, run: Pass, name: str, x: Array) -> None:
         """Write the stream (N, C) behind the branch: x plus the branch, with dropout."""
         branch = run.a["branch"]
         run.ops.residual_forward(run.a[name], x, run.drop(branch, branch, name))
 
-    def stages(self, run: Run, stream: Array) -> Iterable[Stage]:
+    def stages(self, run: Pass, stream: Array) -> Iterable[Stage]:
         """Yield the stages that do `forward` on the stream (N, C) in place."""
         ln_1, ln_2 = run.a[self._ln_1], run.a[self._ln_2]
         yield from self.norm_1.stages(run, ln_1, stream)
@@ -80,7 +80,7 @@ class Layer:
         yield from self.norm_2.stages(run, ln_2, stream)
         yield from self.mlp.stages(run, stream, ln_2)
 
-    def again(self, run: Run, x: Array, kept: Life) -> None:
+    def again(self, run: Pass, x: Array, kept: Life) -> None:
         """Compute again what was not kept for backward: by the same ops, so the same bits."""
         a, branch, middle = run.a, run.a["branch"], run.a[self._middle]
         if kept < Life.CHEAP:
@@ -95,7 +95,7 @@ class Layer:
         elif kept < Life.CHEAPEST:
             self.mlp.activate(run)
 
-    def backward(self, run: Run, stream: Array, x: Array, below: bool) -> None:
+    def backward(self, run: Pass, stream: Array, x: Array, below: bool) -> None:
         """Go back over the lines of `forward` on x; stream (N, C) goes from out's gradient to x's.
 
         The layer's activations are gone afterwards: their gradients took their memory.
@@ -127,7 +127,7 @@ def names_of(block: Block) -> tuple[str, ...]:
     return tuple(one.name for one in block.parameters())
 
 
-def is_trained(run: Run, names: tuple[str, ...]) -> bool:
+def is_trained(run: Pass, names: tuple[str, ...]) -> bool:
     """Return whether one of these parameters has a gradient."""
     return any(name in run.g for name in names)
 
@@ -181,7 +181,7 @@ class Stack:
         """Count the multiply-adds of a token among T, forward."""
         return sum(block.flops(T) for block in self.blocks)
 
-    def forward(self, run: Run, idx: IntArray, states: Array | None = None) -> Array:
+    def forward(self, run: Pass, idx: IntArray, states: Array | None = None) -> Array:
         """Return the last norm's output (N, C) of idx (B, T).
 
         `states` (L + 1, B, T, C), where it is given, gets the residual stream before each layer
@@ -205,7 +205,7 @@ class Stack:
             states[-1] = run.rows(out)
         return out
 
-    def stages(self, run: Run, logits: Array) -> Iterable[Stage]:
+    def stages(self, run: Pass, logits: Array) -> Iterable[Stage]:
         """Yield the stages from token ids to logits (N, V)."""
         stream, out = run.a["encoded"], run.a["ln_f"]
         yield from self.embedding.stages(run, stream)
@@ -214,7 +214,7 @@ class Stack:
         yield from self.norm.stages(run, out, stream)
         yield from self.head.stages(run, logits, out)
 
-    def backward(self, run: Run, d_out: Array, idx: IntArray, kept: Life) -> None:
+    def backward(self, run: Pass, d_out: Array, idx: IntArray, kept: Life) -> None:
         """Go back over the lines of `forward`; d_out (N, C) is the gradient of its result.
 
         Parameters

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from gpt2c.kernels.memory import Array
-from gpt2c.model.block import Life, Run
+from gpt2c.model.block import Life, Pass
 from gpt2c.model.stack import Stack
 
 __all__ = ["Trace"]
@@ -31,7 +31,7 @@ __all__ = ["Trace"]
 class Trace(Mapping[str, Array]):
     """The activations of a batch, name -> (B, T, channels) float32; see `Model.trace`."""
 
-    def __init__(self, stack: Stack, run: Run) -> None:
+    def __init__(self, stack: Stack, run: Pass) -> None:
         self._stack, self._run = stack, run
         self._arrays = {
             slot.name: run.rows(run.a[slot.name])

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gpt2c.kernels.checks import counted
 from gpt2c.text.prepare import shuffled
-from gpt2c.text.shards import StoredTokens, Tokens
+from gpt2c.text.shards import StoredTokens, TokenArray
 
 __all__ = ["Batches", "windows"]
 
@@ -56,7 +56,7 @@ class Batches:
 
     def __init__(
         self,
-        shards: Sequence[Tokens | StoredTokens],
+        shards: Sequence[TokenArray | StoredTokens],
         batch_size: int,
         block_size: int,
         seed: int,
@@ -143,7 +143,7 @@ class Batches:
 
 
 def windows(
-    shards: Sequence[Tokens | StoredTokens], batch_size: int, block_size: int
+    shards: Sequence[TokenArray | StoredTokens], batch_size: int, block_size: int
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
     """Cut shards into batches for evaluation: all tokens but a shard's first are targets, in order.
 
@@ -172,7 +172,7 @@ def windows(
     )
 
     def batch(
-        rows: list[tuple[Tokens | StoredTokens, int]],
+        rows: list[tuple[TokenArray | StoredTokens, int]],
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         x = np.zeros((batch_size, block_size), np.int32)
         y = np.full((batch_size, block_size), -1, np.int32)

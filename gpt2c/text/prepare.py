@@ -24,7 +24,7 @@ from gpt2c.kernels.checks import counted
 from gpt2c.text.documents import TextFiles
 from gpt2c.text.shards import (
     MAX_VOCABULARY,
-    Split,
+    SplitName,
     TokenWriter,
     alone,
     find_shards,
@@ -76,7 +76,7 @@ class HoldOut:
     characters: int
     bytes: int
 
-    def parts(self, documents: Iterable[Document]) -> Iterator[tuple[Split, Iterator[str]]]:
+    def parts(self, documents: Iterable[Document]) -> Iterator[tuple[SplitName, Iterator[str]]]:
         """Yield the texts to train on and to validate on, each with its split and in pieces.
 
         Raises
@@ -403,11 +403,11 @@ def _sample(texts: Iterable[Iterator[str]], share: float) -> Iterator[Iterator[s
 def _encode(
     documents: Iterable[Document], held_out: HoldOut, tokenizer: Tokenizer, writer: TokenWriter
 ) -> Prepared:
-    splits: tuple[Split, Split] = ("train", "val")
-    coming: deque[tuple[int, Split]] = deque()  # texts that the tokenizer has begun to read
+    splits: tuple[SplitName, SplitName] = ("train", "val")
+    coming: deque[tuple[int, SplitName]] = deque()  # texts that the tokenizer has begun to read
     texts, tokens, sizes = ({split: 0 for split in splits} for _ in range(3))
 
-    def measured(split: Split, pieces: Iterator[str]) -> Iterator[str]:
+    def measured(split: SplitName, pieces: Iterator[str]) -> Iterator[str]:
         for piece in pieces:
             sizes[split] += len(piece.encode())
             yield piece

@@ -31,10 +31,10 @@ from gpt2c.kernels.checks import counted
 __all__ = [
     "MAGIC",
     "MAX_VOCABULARY",
-    "Split",
+    "SplitName",
     "StoredTokens",
+    "TokenArray",
     "TokenWriter",
-    "Tokens",
     "alone",
     "checksums",
     "find_shards",
@@ -50,8 +50,8 @@ __all__ = [
     "write_tokens",
 ]
 
-Tokens = NDArray[np.uint16]
-Split = Literal["train", "val"]
+TokenArray = NDArray[np.uint16]
+SplitName = Literal["train", "val"]
 
 # The header of karpathy/llm.c:dev/data/data_common.py: 256 int32, of which three are used.
 MAGIC, _VERSION, _HEADER_BYTES = 20240520, 1, 256 * 4
@@ -93,7 +93,7 @@ class StoredTokens:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, part: slice) -> Tokens:
+    def __getitem__(self, part: slice) -> TokenArray:
         """Read a slice of tokens.
 
         Raises
@@ -134,7 +134,7 @@ def write_tokens(path: str | os.PathLike[str], tokens: ArrayLike | StoredTokens)
 
 
 def write_shards(
-    directory: Path, split: Split, tokens: ArrayLike | StoredTokens, shard_tokens: int = 0
+    directory: Path, split: SplitName, tokens: ArrayLike | StoredTokens, shard_tokens: int = 0
 ) -> list[Path]:
     """Write token ids (N,) as files of `shard_tokens` tokens, the last smaller; 0 writes one file.
 
@@ -153,7 +153,7 @@ def write_shards(
     return paths
 
 
-def shard_names(split: Split, count: int, shard_tokens: int) -> list[str]:
+def shard_names(split: SplitName, count: int, shard_tokens: int) -> list[str]:
     """Return the names of the files that `write_shards` writes of `count` tokens."""
     if count <= (shard_tokens or count):
         return [token_file(split)]
@@ -229,7 +229,7 @@ class TokenWriter:
     def __init__(self, directory: Path, shard_tokens: int = 0) -> None:
         self._directory = directory
         self._most = {"train": shard_tokens or _MAX_TOKENS, "val": _MAX_TOKENS}
-        self._files: dict[Split, list[_TokenFile]] = {"train": [], "val": []}
+        self._files: dict[SplitName, list[_TokenFile]] = {"train": [], "val": []}
 
     def __enter__(self) -> TokenWriter:
         return self
@@ -241,7 +241,7 @@ class TokenWriter:
     def _all(self) -> list[_TokenFile]:
         return [*self._files["train"], *self._files["val"]]
 
-    def write(self, split: Split, tokens: NDArray[Any]) -> None:
+    def write(self, split: SplitName, tokens: NDArray[Any]) -> None:
         """Append token ids (N,), from 0 to 65535, to a split."""
         files_ = self._files[split]
         while len(tokens):
@@ -275,7 +275,9 @@ class TokenWriter:
         """
         return {MANIFEST_FILE, *(file.path.name for file in self._all())}
 
-    def publish(self, facts: Mapping[str, Any], splits: Mapping[Split, Mapping[str, Any]]) -> None:
+    def publish(
+        self, facts: Mapping[str, Any], splits: Mapping[SplitName, Mapping[str, Any]]
+    ) -> None:
         """Rename the files to their final names, and write the manifest; val.bin comes last.
 
         Call `remove_shards` before.
@@ -364,7 +366,7 @@ class _TokenFile:
         self._temporary.unlink(missing_ok=True)
 
 
-def read_tokens(path: str | os.PathLike[str], vocab_size: int | None = None) -> Tokens:
+def read_tokens(path: str | os.PathLike[str], vocab_size: int | None = None) -> TokenArray:
     """Read an llm.c shard: tokens (N,) uint16.
 
     Parameters
@@ -453,7 +455,7 @@ def has_header(path: Path) -> bool:
     return int.from_bytes(read_start(path)[0][:4], "little") == MAGIC
 
 
-def find_shards(directory: str | os.PathLike[str], split: Split) -> list[Path]:
+def find_shards(directory: str | os.PathLike[str], split: SplitName) -> list[Path]:
     """Return a split's token files, such as train.bin or fineweb_val_000001.bin, sorted by name.
 
     The split must be a word of the name: pretrained.bin is not a file of train. Names that begin
@@ -503,7 +505,7 @@ def remove_shards(directory: Path, coming: Collection[str]) -> None:
     ------
     OSError : a file cannot be read, or see `atomic.places`; then nothing is removed
     """
-    splits: tuple[Split, ...] = ("val", "train")
+    splits: tuple[SplitName, ...] = ("val", "train")
     homes = dict(zip(coming, atomic.places(*(directory / name for name in coming)), strict=True))
     old = [path for split in splits for path in find_shards(directory, split)]
     ours = [path for path in old if path.name in homes or path.stem in splits or has_header(path)]
@@ -517,7 +519,7 @@ def _words(path: Path) -> set[str]:
 
 def read_shards(
     directory: str | os.PathLike[str],
-    split: Split,
+    split: SplitName,
     vocab_size: int | None = None,
     fingerprint: str | None = None,
     lengths: NDArray[np.int64] | None = None,

@@ -14,7 +14,7 @@ import pytest
 
 from gpt2c.bench import report
 from gpt2c.bench.machine import Ceilings
-from gpt2c.bench.suite import Result
+from gpt2c.bench.suite import Measurement
 from gpt2c.cli.main import parser
 
 CEILINGS = Ceilings(2, {"avx2": 100e9, "base": 50e9}, {1: 10e9, 2: 15e9})
@@ -67,8 +67,8 @@ def test_tables_of_training_are_made_from_json_and_llmc(
     facts = {"tokens": 256, "flops": 1e9, "peak_memory": 1e9, "first_loss": 11.0}
     seconds = {"torch": 0.4, "base": 0.3, "avx2": 0.2, "torch-tuned": 0.3}
     seconds |= {"avx512bf16": 0.25, "avx2:bf16": 0.05, "torch-bf16": 0.1}
-    results = [Result("train 4 x 64", row, [s] * 3, facts=facts) for row, s in seconds.items()]
-    results.append(Result("train 4 x 64", "amx", [0.1], "WRONG: error 1.0e+00", facts))
+    results = [Measurement("train 4 x 64", row, [s] * 3, facts=facts) for row, s in seconds.items()]
+    results.append(Measurement("train 4 x 64", "amx", [0.1], "WRONG: error 1.0e+00", facts))
     path = tmp_path / "cpu-train.json"
     report.write_json(path, CEILINGS, results, "quiet machine: so")
     (tmp_path / "cpu-llmc.txt").write_text("4 x 64: 0.512 s a step, 500.0 tokens/s, loss 9.1\n")
@@ -94,7 +94,7 @@ def test_tables_of_generation_show_the_best_of_both_sides(
         "avx2:int8:int8": (0.005, 100e6),
     }
     results = [
-        Result(group, row, [seconds], facts={"tokens": tokens, "memory": memory})
+        Measurement(group, row, [seconds], facts={"tokens": tokens, "memory": memory})
         for group, tokens in (("prefill 512 tokens", 512), ("decode, batch 1", 1))
         for row, (seconds, memory) in rows.items()
     ]

@@ -17,7 +17,7 @@ from gpt2c.bench import suite as bench
 from gpt2c.bench.decoding import ENGINES, choose_generate_rows
 from gpt2c.bench.engines import PEERS, Peer
 from gpt2c.bench.machine import Ceilings
-from gpt2c.bench.suite import PROCESS_BYTES, QUICK_ROUNDS, Result, Row
+from gpt2c.bench.suite import PROCESS_BYTES, QUICK_ROUNDS, Measurement, Row
 from gpt2c.bench.worker import SMALL, TINY, Worker
 from gpt2c.cli.main import main
 from gpt2c.kernels import memory
@@ -62,7 +62,7 @@ def test_rows_are_backends_with_each_kind_of_weights() -> None:
 
 
 def test_rows_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def show(done: list[Result]) -> None:
+    def show(done: list[Measurement]) -> None:
         pytest.fail("it started")
 
     monkeypatch.setattr(bench, "start", show)
@@ -120,7 +120,7 @@ def test_works_of_the_benchmark_take_turns(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(bench_generate, "WORKS", (("prefill", 1, 16), ("decode", 2, 4)))
     monkeypatch.setattr(bench, "lacks", lambda name: "torch" if name == "transformers" else "")
     rows = ["base:fp32", "base:int8", "transformers"]
-    shown: list[list[Result]] = []
+    shown: list[list[Measurement]] = []
     results, verdict = bench_generate.bench_generate(rows, CEILINGS, TINY, True, shown.append)
     assert [r for group in shown for r in group] == results and "machine" in verdict.lower()
     assert [(r.row, r.group) for r in results] == [
@@ -150,16 +150,18 @@ def test_costs_count_bytes_and_flops() -> None:
 def test_table_of_decoding() -> None:
     facts = {"flops": 1e9, "bytes": 1e8, "tokens": 8, "memory": 300_000_000}
     results = [
-        Result("decode, batch 8", "avx2:int8", [0.02] * 3, facts=facts),
-        Result("decode, batch 8", "transformers", [0.05] * 3, facts=facts),
-        Result("decode, batch 8", "numpy:fp32", note="FAILED: no", facts=facts),
+        Measurement("decode, batch 8", "avx2:int8", [0.02] * 3, facts=facts),
+        Measurement("decode, batch 8", "transformers", [0.05] * 3, facts=facts),
+        Measurement("decode, batch 8", "numpy:fp32", note="FAILED: no", facts=facts),
     ]
     heading, table = report.generate_table(results, CEILINGS)
     assert heading == "decode, batch 8"
     assert table[0][-3:] == ["% of bandwidth", "memory, MB", "times as fast as best PyTorch"]
     assert table[1] == ["avx2:int8", "20.00", "0%", "400.0", "5.0", "50%", "300", "2.50"]
     assert table[3] == ["numpy:fp32", "FAILED: no"]
-    results = [Result("prefill 512 tokens", r.row, r.seconds, r.note, r.facts) for r in results]
+    results = [
+        Measurement("prefill 512 tokens", r.row, r.seconds, r.note, r.facts) for r in results
+    ]
     assert report.generate_table(results, CEILINGS)[1][1][4:6] == ["50.0", "50%"]
 
 

@@ -16,7 +16,7 @@ from helpers.measured import CEILINGS, op_results
 from gpt2c.bench import machine, report
 from gpt2c.bench.machine import Ceilings, cpu_name
 from gpt2c.bench.ranks import add_speed_ups
-from gpt2c.bench.suite import Result
+from gpt2c.bench.suite import Measurement
 
 
 def test_table_of_an_op() -> None:
@@ -33,9 +33,9 @@ def test_table_of_an_op() -> None:
 def test_table_of_training() -> None:
     facts = {"flops": 1e9, "tokens": 100, "peak_memory": 2e9}
     results = [
-        Result("train 1 x 100", "avx2", [0.02] * 3, facts=facts),
-        Result("train 1 x 100", "torch", [0.05] * 3, facts=facts),
-        Result("train 1 x 100", "torch-tuned", [0.04] * 3, facts=facts),
+        Measurement("train 1 x 100", "avx2", [0.02] * 3, facts=facts),
+        Measurement("train 1 x 100", "torch", [0.05] * 3, facts=facts),
+        Measurement("train 1 x 100", "torch-tuned", [0.04] * 3, facts=facts),
     ]
     _, table = report.train_table(results, CEILINGS)
     assert table[0][-1] == "times as fast as best PyTorch" and table[0][4] == "% of peak"
@@ -47,10 +47,10 @@ def test_table_of_ranks() -> None:
     facts = {"flops": 1e9, "tokens": 100, "peak_memory": 2e9}
     shared = facts | {"ranks": 4, "mpi_bytes": 3e6, "mpi_share": 0.25}
     results = [
-        Result("train 4 x 25", "avx2", [0.02] * 3, facts=facts),
-        Result("train 4 x 25", "4 x avx2", [0.01] * 3, facts=shared),
-        Result("train 4 x 25", "base", note="FAILED: it died"),
-        Result("train 4 x 25", "4 x base", [0.04] * 3, facts=dict(shared)),
+        Measurement("train 4 x 25", "avx2", [0.02] * 3, facts=facts),
+        Measurement("train 4 x 25", "4 x avx2", [0.01] * 3, facts=shared),
+        Measurement("train 4 x 25", "base", note="FAILED: it died"),
+        Measurement("train 4 x 25", "4 x base", [0.04] * 3, facts=dict(shared)),
     ]
     add_speed_ups(results)
     _, table = report.ranks_table(results, CEILINGS)
@@ -68,7 +68,7 @@ def test_json_and_pictures_are_written(tmp_path: Path) -> None:
     assert content["results"][1]["median"] == 0.02 and content["peak_flops"]["base"] == 50e9
     pytest.importorskip("matplotlib")
     report.draw(tmp_path / "roof.png", op_results(), CEILINGS)
-    trained = [Result("train 1 x 9", "avx2", [0.1], facts={"tokens": 9, "flops": 1.0})]
+    trained = [Measurement("train 1 x 9", "avx2", [0.1], facts={"tokens": 9, "flops": 1.0})]
     report.draw(tmp_path / "bars.png", trained, CEILINGS)
     for name in ("roof.png", "bars.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -95,11 +95,11 @@ def test_table_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_summary_of_ops() -> None:
     facts = {"flops": 1e9, "bytes": 1e6}
     more = [
-        Result("gelu n=9", "numpy", [0.08], facts=facts),
-        Result("gelu n=9", "avx2", [0.02], facts=facts),
-        Result("gelu n=9", "torch", note="PyTorch has no such op", facts=facts),
-        Result("norm n=9", "numpy", note="WRONG: error 1.0e+00", facts=facts),
-        Result("norm n=9", "avx2", [0.02], facts=facts),
+        Measurement("gelu n=9", "numpy", [0.08], facts=facts),
+        Measurement("gelu n=9", "avx2", [0.02], facts=facts),
+        Measurement("gelu n=9", "torch", note="PyTorch has no such op", facts=facts),
+        Measurement("norm n=9", "numpy", note="WRONG: error 1.0e+00", facts=facts),
+        Measurement("norm n=9", "avx2", [0.02], facts=facts),
     ]
     heading, table = report.summary_table([*op_results(), *more], CEILINGS)
     assert heading == "summary: times as fast as numpy / % of ceiling"
@@ -114,7 +114,7 @@ def test_summary_of_ops() -> None:
 
 def test_summary_of_tokens() -> None:
     results = [
-        Result(f"train 1 x {T}", row, [0.1 / i], facts={"tokens": T, "flops": 1.0})
+        Measurement(f"train 1 x {T}", row, [0.1 / i], facts={"tokens": T, "flops": 1.0})
         for T in (8, 16)
         for i, row in enumerate(("avx2", "torch"), 1)
     ]
@@ -131,7 +131,7 @@ def test_summary_of_tokens() -> None:
 def test_json_records_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MKL_NUM_THREADS", "2")
     monkeypatch.setenv("MY_SECRET", "x")
-    wrong = Result("gelu n=9", "base", note="WRONG", facts={"error": math.nan, "flops": 1.0})
+    wrong = Measurement("gelu n=9", "base", note="WRONG", facts={"error": math.nan, "flops": 1.0})
     results = [*op_results(), wrong]
     measured = dataclasses.replace(CEILINGS, distances=(41.0, 171.0))
     report.write_json(tmp_path / "a.json", measured, results, "NOISY MACHINE: so")
@@ -154,14 +154,14 @@ def test_json_records_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
 def test_older_json_file_is_compared(tmp_path: Path) -> None:
     path, facts = tmp_path / "old.json", {"flops": 1.0, "bytes": 1.0}
     older = [
-        Result("gelu n=9", "avx2", [0.04], facts=facts),
-        Result("gelu n=9", "base", [0.08], facts=facts),
+        Measurement("gelu n=9", "avx2", [0.04], facts=facts),
+        Measurement("gelu n=9", "base", [0.08], facts=facts),
     ]
     report.write_json(path, CEILINGS, older, "NOISY MACHINE")
     old = report.read_old(path, "ops")
     newer = [
-        Result("gelu n=9", "avx2", [0.02], facts=facts),
-        Result("gelu n=9", "numpy", [0.1], facts=facts),
+        Measurement("gelu n=9", "avx2", [0.02], facts=facts),
+        Measurement("gelu n=9", "numpy", [0.1], facts=facts),
     ]
     heading, table = report.comparison(path, old, newer, 2)
     assert heading.startswith(f"compared with {path} (") and report.NOISY in heading
@@ -179,7 +179,7 @@ def test_picture_names_machine_and_date(tmp_path: Path, monkeypatch: pytest.Monk
     for name in ("plot_shares", "plot_speed"):
         monkeypatch.setattr(report, name, lambda *arguments: titles.append(arguments[-1]))
     report.draw(tmp_path / "a.png", op_results(), CEILINGS, "NOISY MACHINE: so")
-    trained = [Result("train 1 x 9", "avx2", [0.1], facts={"tokens": 9, "flops": 1.0})]
+    trained = [Measurement("train 1 x 9", "avx2", [0.1], facts={"tokens": 9, "flops": 1.0})]
     report.draw(tmp_path / "b.png", trained, CEILINGS)
     day = datetime.now().date().isoformat()
     assert titles[0] == f"{cpu_name()}, 1 thread, {day}, NOISY MACHINE"

@@ -17,7 +17,7 @@ from helpers.measured import CEILINGS
 from gpt2c import GPT2Config
 from gpt2c.bench import suite as bench
 from gpt2c.bench.machine import Quiet
-from gpt2c.bench.suite import Result, Row, Work, WorkerError, bench_ops, bench_train
+from gpt2c.bench.suite import Measurement, Row, Work, WorkerError, bench_ops, bench_train
 from gpt2c.bench.worker import TINY, Worker
 from gpt2c.kernels import memory
 from gpt2c.kernels.cases import EXAMPLES
@@ -105,7 +105,7 @@ def test_ops_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         "gelu_forward": dataclasses.replace(EXAMPLES["gelu_forward"], shapes=[{"n": 999}, {"n": 9}])
     }
     monkeypatch.setattr(bench, "EXAMPLES", one)
-    shown: list[list[Result]] = []
+    shown: list[list[Measurement]] = []
     results, verdict = bench_ops(["numpy", "base", "torch"], CEILINGS, True, shown.append)
     assert shown == [results] and "machine" in verdict.lower()
     assert [(r.row, r.group) for r in results] == [
@@ -147,14 +147,14 @@ def test_wrong_row_is_not_timed(error: float) -> None:
 
 def test_rows_with_other_losses_are_struck_out() -> None:
     losses = [5.0, 5.0001, 5.1, math.nan]
-    results = [Result("train", str(i), facts={"first_loss": x}) for i, x in enumerate(losses)]
+    results = [Measurement("train", str(i), facts={"first_loss": x}) for i, x in enumerate(losses)]
     bench._compare_losses(results)
     assert [bool(r.note) for r in results] == [False, False, True, True]
 
 
 def test_losses_are_not_compared_with_those_of_a_wrong_row() -> None:
-    wrong = Result("train", "a", note="WRONG: error 1.0e+00", facts={"first_loss": 4.0})
-    results = [wrong, *(Result("train", row, facts={"first_loss": 5.0}) for row in "bc")]
+    wrong = Measurement("train", "a", note="WRONG: error 1.0e+00", facts={"first_loss": 4.0})
+    results = [wrong, *(Measurement("train", row, facts={"first_loss": 5.0}) for row in "bc")]
     bench._compare_losses(results)
     assert [r.note for r in results] == ["WRONG: error 1.0e+00", "", ""]
 

@@ -15,7 +15,7 @@ from gpt2c.finetune.policy import (
     LOSS_TYPES,
     PolicyLoss,
     PolicyObjective,
-    Tokens,
+    TokenFacts,
     centred,
     clipped,
     gae,
@@ -161,8 +161,8 @@ def batch(rng: np.random.Generator) -> tuple[Any, Any]:
     return idx, np.where(rng.random(N) < 0.3, -1, rng.integers(0, V - 2, N)).astype(np.int32)
 
 
-def tokens(rng: np.random.Generator, **parts: Any) -> Tokens:
-    return Tokens(rng.random(N), rng.standard_normal(N), **parts)
+def tokens(rng: np.random.Generator, **parts: Any) -> TokenFacts:
+    return TokenFacts(rng.random(N), rng.standard_normal(N), **parts)
 
 
 def logps_of(rng: np.random.Generator) -> Any:
@@ -215,7 +215,7 @@ def test_rejection_fine_tuning_has_the_bits_of_sft(rng: np.random.Generator) -> 
     expected, model = (odd_model(CONFIG, "auto") for _ in range(2))
     count = int((targets >= 0).sum())
     factors = np.full(N, token_factors("dapo", np.array([count]), 1)[0])
-    one = PolicyObjective(targets, Tokens(factors, np.ones(N)), PolicyLoss())
+    one = PolicyObjective(targets, TokenFacts(factors, np.ones(N)), PolicyLoss())
     losses = [
         expected.loss(idx, np.split(targets, np.cumsum(LENGTHS)[:-1])),
         model.loss(idx, one, count=1),

@@ -11,7 +11,7 @@ from helpers.exact import odd_model
 
 from gpt2c import GPT2, GPT2Config, LlamaConfig
 from gpt2c.finetune import rollouts
-from gpt2c.finetune.policy import PolicyLoss, PolicyObjective, Tokens
+from gpt2c.finetune.policy import PolicyLoss, PolicyObjective, TokenFacts
 from gpt2c.finetune.rollouts import draw, sample
 
 V, END = 23, 5
@@ -91,7 +91,7 @@ def test_sampler_and_trainer_have_the_same_log_probabilities(
         prompt = found.prompt_of(number)
         idx.append([*prompt, *ids][:-1])
         targets += [*[-1] * (len(prompt) - 1), *ids]
-    tokens = Tokens(*np.ones((2, len(targets))))
+    tokens = TokenFacts(*np.ones((2, len(targets))))
     one = PolicyObjective(np.array(targets, np.int32), tokens, PolicyLoss(), temperature, [0, 13])
     model.loss(idx, one, keep=False)
     gap = np.abs(one.logps[one.live] - np.concatenate(found.logps))

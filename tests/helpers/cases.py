@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2c.kernels.cases import BF16_ATTENTION, EXAMPLES, Example, Shape
+from gpt2c.kernels.cases import BF16_ATTENTION, EXAMPLES, OpExample, OpShape
 from gpt2c.kernels.op import OPS
 
 
@@ -18,13 +18,13 @@ class Case:
     """One op on one shape."""
 
     name: str
-    shape: Shape
+    shape: OpShape
 
     def __str__(self) -> str:
         return "-".join([self.name, *(f"{letter}={size}" for letter, size in self.shape.items())])
 
     @property
-    def example(self) -> Example:
+    def example(self) -> OpExample:
         return EXAMPLES[self.name]
 
     @property
@@ -44,7 +44,7 @@ class Case:
 # ---- shapes --------------------------------------------------------------------------------------
 
 
-def shapes(letters: str, sizes: Iterable[tuple[Any, ...]]) -> list[Shape]:
+def shapes(letters: str, sizes: Iterable[tuple[Any, ...]]) -> list[OpShape]:
     return [dict(zip(letters.split(), size, strict=True)) for size in sizes]
 
 
@@ -52,7 +52,7 @@ def shapes(letters: str, sizes: Iterable[tuple[Any, ...]]) -> list[Shape]:
 VECTOR_EDGES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 257)
 
 
-def edges(name: str) -> list[Shape]:
+def edges(name: str) -> list[OpShape]:
     """Return shapes for an op whose loops go through vectors, and its example's other values.
 
     Each size is around the vectors in turn; then the last is long, and all together are a task for
@@ -61,7 +61,7 @@ def edges(name: str) -> list[Shape]:
     letters, kinds = EXAMPLES[name].letters, EXAMPLES[name].kinds
     last, few = letters[-1], dict.fromkeys(letters, 3)
     long = [{**few, last: size} for size in (768, 1023, 1024, 1025, 3072)]
-    many: list[Shape] = [dict.fromkeys(letters, int(100_003 ** (1 / len(letters))))]
+    many: list[OpShape] = [dict.fromkeys(letters, int(100_003 ** (1 / len(letters))))]
     return [
         *({**few, letter: edge} for letter in letters for edge in VECTOR_EDGES),
         *long,
@@ -206,7 +206,7 @@ ADAMW = shapes(
 ) + shapes("n t kind", [(33, 1, "zero")])
 
 # ops whose kernels have blocks, or whose examples have more than sizes and kinds; others: `edges`
-OF_BLOCKS: dict[str, list[Shape]] = {
+OF_BLOCKS: dict[str, list[OpShape]] = {
     "encoder_forward": [
         *(ENCODER + EMBEDDING + RAGGED_TOKENS),
         *shapes("B T C V kind", [(2, 3, C, 7, "no wpe") for C in VECTOR_EDGES]),
@@ -287,5 +287,5 @@ ALIASES = {
 SIZES = {"B": 2, "T": 5, "N": 6, "C": 17, "OC": 21, "V": 19, "NH": 3, "HS": 5, "n": 35}
 
 
-def small_shape(name: str) -> Shape:
+def small_shape(name: str) -> OpShape:
     return {letter: SIZES.get(letter, 7) for letter in EXAMPLES[name].letters}

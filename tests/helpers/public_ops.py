@@ -9,7 +9,7 @@ import numpy as np
 
 from gpt2c import ops
 from gpt2c.kernels import reference
-from gpt2c.kernels.cases import Shape
+from gpt2c.kernels.cases import OpShape
 from gpt2c.kernels.op import OPS
 from helpers.cases import Case, small_shape
 
@@ -25,7 +25,7 @@ PUBLIC = ops.PUBLIC
 
 
 def solved(
-    name: str, dtype: type = np.float32, shape: Shape | None = None
+    name: str, dtype: type = np.float32, shape: OpShape | None = None
 ) -> tuple[dict[str, Any], list[Any]]:
     """Return an op's arguments by name, floats of `dtype`, and the reference's float64 outputs."""
     shape = shape or small_shape(name)

@@ -16,7 +16,7 @@ from op_types import STUB, declaration
 from gpt2c import ops
 from gpt2c.kernels import reference
 from gpt2c.kernels.backend import backends
-from gpt2c.kernels.cases import EXAMPLES, Shape, normalised_error
+from gpt2c.kernels.cases import EXAMPLES, OpShape, normalised_error
 from gpt2c.kernels.op import OPS
 
 ELEMENTWISE = [op.name for op in OPS.values() if op.inputs[0].shape == ("*",)]  # any shape does
@@ -95,7 +95,7 @@ def test_linear_layer_may_have_no_scale_and_no_bias(dtype: type, backend_name: s
     assert normalised_error(out, expected + bias) <= 4e-6
 
 
-SMALL: dict[str, tuple[str, Shape]] = {
+SMALL: dict[str, tuple[str, OpShape]] = {
     "weights of 8 bits": ("matmul_forward", {"N": 5, "C": 9, "OC": 21, "kind": "uint8"}),
     "tokens of 8 bits": ("encoder_forward", {"B": 2, "T": 3, "C": 9, "V": 7, "kind": "uint8"}),
     "tokens of 16 bits": (

@@ -15,7 +15,7 @@ from helpers.backends import TWO_BACKENDS
 from gpt2c import GPT2, AdamW, Dropout, GPT2Config
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.memory import Array
-from gpt2c.model.block import FLOATS, Life, Run
+from gpt2c.model.block import FLOATS, Life, Pass
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.model.plan import KEPT
@@ -57,14 +57,14 @@ def test_take_of_memory_that_is_not_the_activations_changes_no_bit(
     model = Model(config, recompute=recompute, precision=precision)
     model.loss(idx, idx, dropout=dropout)
     model.backward()
-    expected, taken, take = gradients(model), 0, Run.take
+    expected, taken, take = gradients(model), 0, Pass.take
 
-    def fresh(run: Run, name: str) -> Array:
+    def fresh(run: Pass, name: str) -> Array:
         nonlocal taken
         taken += 1
         return np.full_like(take(run, name), np.nan)
 
-    monkeypatch.setattr(Run, "take", fresh)
+    monkeypatch.setattr(Pass, "take", fresh)
     model.zero_grad()
     model.loss(idx, idx, dropout=dropout)
     model.backward()

@@ -15,7 +15,7 @@ from helpers.exact import check_differences, exact, odd_model
 
 from gpt2c import GPT2, AdamW, GPT2Config, Llama, LoRA
 from gpt2c.kernels.cases import normalised_error
-from gpt2c.model.block import Life, Run
+from gpt2c.model.block import Life, Pass
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.model.plan import KEPT, parts_needed
@@ -137,7 +137,7 @@ def test_backward_reads_no_memory_that_another_array_has(
     for slot in model._slots(run.batch):
         if slot.life > KEPT[recompute] and (slot.name[:2] == "h." or slot.life is Life.SCRATCH):
             run.a[slot.name].fill(np.nan)
-    monkeypatch.setattr(Run, "take", lambda run, name: np.full_like(run.a[name], np.nan))
+    monkeypatch.setattr(Pass, "take", lambda run, name: np.full_like(run.a[name], np.nan))
     model.backward()
     assert np.array_equal(model.flat_gradients, expected)
 
