@@ -129,6 +129,7 @@ def test_wheel_is_reproducible_and_complete(sdist: Path, tmp_path: Path) -> None
         needs = wheel.read(metadata["METADATA"]).decode()
         content = b"".join(wheel.read(name) for name in kernels)
     python_files = {str(path.relative_to(ROOT)) for path in (ROOT / "gpt2c").rglob("*.py")}
+    python_files |= {"gpt2c/kernels/op_types.pyi"}
     recipes = {f"gpt2c/recipes/{path.name}" for path in (ROOT / "gpt2c/recipes").glob("*.toml")}
     assert recipes and names - set(metadata.values()) == python_files | recipes | {"gpt2c/py.typed"}
     wanted = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "LICENSE"}

@@ -282,7 +282,13 @@ class ModelConfig:
         return 6.0 * stack.flops(T) - 2.0 * frozen
 
     def prefill_flops(self, T: int) -> float:
-        """Return the float operations that read a text of T tokens: the logits of the last only."""
+        """Return the float operations that read a text of T tokens: the logits of the last only.
+
+        Examples
+        --------
+        >>> f"{gpt2c.GPT2Config().prefill_flops(512):.1e}"  # GPT-2's smallest
+        '9.2e+10'
+        """
         stack = self.stack()
         head = stack.head.flops(T)
         return 2.0 * ((stack.flops(T) - head) * T + head)
@@ -291,6 +297,11 @@ class ModelConfig:
         """Return the float operations of one token more behind T tokens: its queries see them all.
 
         A block's `flops` count half of the keys that they are told.
+
+        Examples
+        --------
+        >>> f"{gpt2c.GPT2Config().decode_flops(512):.1e}"  # GPT-2's smallest
+        '2.7e+08'
         """
         return 2.0 * self.stack().flops(2 * T)
 

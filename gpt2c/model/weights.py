@@ -173,6 +173,11 @@ class ModelWeights(LanguageModel):
         """All parameters: those that decay, the rest of what is trained, the frozen ones."""
         return self._whole.shown
 
+    @flat_parameters.setter
+    def flat_parameters(self, array: Array) -> None:  # for `model.flat_parameters *= 2`
+        if array is not self._placed.shown:
+            raise ValueError("a model keeps its memory: write flat_parameters[...] = numbers")
+
     @property
     def _flat(self) -> Array:
         return self._whole.flat

@@ -253,7 +253,7 @@ def test_memory_is_counted_as_it_is_taken(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[dict[str, int]] = []
-    monkeypatch.setattr(tune_module, "require", lambda what, parts, mend: found.append(parts))
+    monkeypatch.setattr(tune_module, "require", lambda what, parts, *_: found.append(parts))
     given = QUICK | {"max_iters": 1, "val_fraction": 0.0}
     for how in ({}, {"batch_tokens": 20}, {"batch_tokens": 20, "freeze": "wte.*,h.0.*"}):
         sft(base, capitals(9), tmp_path / str(len(found)), **given | how)

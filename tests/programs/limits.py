@@ -9,6 +9,7 @@ import resource
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -67,8 +68,9 @@ def pools_at_once() -> None:
     started: list[int] = []
     refusals: list[Exception] = []
 
-    def work(model: GPT2) -> None:
+    def work(model: GPT2, late: float) -> None:
         barrier.wait()
+        time.sleep(late)
         try:
             model(IDX)
             started.append(1)
@@ -76,8 +78,13 @@ def pools_at_once() -> None:
             refusals.append(error)
         barrier.wait()  # the pools stay until each has tried
 
-    for _ in range(40):
-        workers = [threading.Thread(target=work, args=(model,)) for model in models]
+    # First one after the other: three pools at once leave no scratch to any, and the system keeps
+    # the stacks of threads that have ended.
+    for pause in [0.01] * 4 + [0.0] * 36:
+        late = [number * pause for number in range(3)]
+        workers = [
+            threading.Thread(target=work, args=each) for each in zip(models, late, strict=True)
+        ]
         for worker in workers:
             worker.start()
         for worker in workers:
