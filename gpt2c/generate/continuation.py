@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 IntArray = NDArray[np.int32]
-GoOn = Callable[[int], bool]
+ShouldEnd = Callable[[int], bool]
 Look = Callable[[int, NDArray[Any]], None]
 Ids = NDArray[np.int64]
 Logprobs = NDArray[np.float64]
@@ -79,7 +79,7 @@ class Text:
         ends: Collection[int],
         slot: int,
         number: int = 0,
-        watch: GoOn | None = None,
+        watch: ShouldEnd | None = None,
         look: Look | None = None,
         unused: Sequence[int] = (),
     ) -> None:
@@ -188,7 +188,7 @@ def stream(
     prompts: Sequence[Sequence[int]],
     settings: GenerationConfig,
     ends: Collection[int],
-    watches: Sequence[GoOn] | None = None,
+    watches: Sequence[ShouldEnd] | None = None,
     look: Look | None = None,
     unused: Sequence[int] = (),
 ) -> Iterator[Streamed]:
@@ -234,7 +234,7 @@ def continue_prompts(
     model: LanguageModel,
     prompts: list[list[int]],
     config: GenerationConfig,
-    watches: Sequence[GoOn] | None = None,
+    watches: Sequence[ShouldEnd] | None = None,
     look: Look | None = None,
     unused: Sequence[int] = (),
 ) -> Iterator[Streamed]:

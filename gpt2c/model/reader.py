@@ -57,8 +57,8 @@ class Decoder:
     backend : the ops that compute
     slots : the number of texts, a slot for each
     capacity : the most tokens of a text, at most n_positions
-    precision : of the products of matrices with more than FEW tokens; fewer have float32's, which
-        are as fast there
+    precision : of the products of matrices with more than FEW tokens; up to FEW tokens have
+        float32's, which are as fast there
     cache : the type of keys and values, "fp32", "fp16" or "int8". All that a token sees of a text
         comes from the cache, its own key and value too, so a text read at once or in parts gets the
         same logits, but for the order of sums, and the rounding of 16-bit products

@@ -146,7 +146,7 @@ class Run:
     seconds : time spent in steps
     val_loss : of the present weights; nan if they were not evaluated
     saved : the newest checkpoint, None before the first
-    tried : when the last save was tried, by the monotonic clock
+    tried : when the last save was tried, or the run began, by the monotonic clock
     good : the newest checkpoint whose weights gave a finite loss; only older ones are removed
     entry : the last step's metrics until they are logged, after a due evaluation; then None
     torn : whether an update began and did not end: then the weights belong to no step
@@ -516,10 +516,12 @@ class Run:
 
     def close(self) -> None:
         """Close the files and the exchange."""
-        if self.exchange is not None:
-            self.exchange.close()
-        self._close_logs()
-        self._locks.close()
+        try:
+            if self.exchange is not None:
+                self.exchange.close()
+        finally:  # also where other ranks are gone
+            self._close_logs()
+            self._locks.close()
 
     def _close_logs(self) -> None:
         for log, name in ((self._metrics, METRICS_FILE), (self._events, EVENTS)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,13 @@ def test_reading_has_the_precision(backend: Any, rng: np.random.Generator) -> No
         assert 0 < distance(found, exact) < 10 * ROUNDING
     assert abs(model.mean_loss(idx, idx) - model.loss(idx, idx)) < 1e-5
     assert not np.array_equal(model.trace(idx)["h.1.out"], other.trace(idx)["h.1.out"])
+
+
+def test_few_tokens_are_those_that_c_reads_with_weights_in_place() -> None:
+    header = Path(__file__).resolve().parents[2] / "csrc" / "internal.h"
+    if not header.exists():
+        pytest.skip("csrc/internal.h is not there: not a source tree")
+    assert f"enum {{ FEW_ROWS = {FEW} }};" in header.read_text(encoding="utf-8")
 
 
 def test_few_tokens_are_read_with_products_of_fp32(backend: Any, rng: np.random.Generator) -> None:
