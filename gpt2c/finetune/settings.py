@@ -49,7 +49,7 @@ class FinetuneSettings(Settings):
     learning_rate: float = rate(2e-5)
     weight_decay: float = setting("optimizer", 0.0, "AdamW's weight decay, of matrices only")
     beta2: float = setting(
-        "optimizer", 0.999, "AdamW's beta2: decay rate for the mean of squared gradients"
+        "optimizer", 0.999, "AdamW's decay rate for the mean of squared gradients"
     )
     keep_zeros: bool = setting(
         *("optimizer", False, "weights of matrices that are 0 in the base stay 0, as pruned ones"),

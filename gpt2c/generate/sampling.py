@@ -14,7 +14,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Literal, NoReturn, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, NoReturn, TypedDict, TypeVar, Unpack, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,8 +133,8 @@ def shows(settings: type[Any], **other: object) -> Callable[[F], F]:
         *first, rest = own.parameters.values()  # `rest` stays: it takes those in `OFF`
         only = inspect.Parameter.KEYWORD_ONLY
         named = [
-            inspect.Parameter(name, only, default=defaults[name], annotation=kind.__forward_arg__)
-            for name, kind in settings.__annotations__.items()
+            inspect.Parameter(name, only, default=defaults[name], annotation=kind)
+            for name, kind in get_type_hints(settings).items()  # the function's file lacks names
             if name in defaults
         ]
         function.__signature__ = own.replace(  # type: ignore[attr-defined]
