@@ -4,9 +4,9 @@
     python benchmarks/precision.py TEXT --parts shakespeare --seeds 1           # a minute
 
 TEXT is a file, such as Tiny Shakespeare, for the recipe shakespeare-char. The demo and the part
-"long" read this Python's documentation; "long" is a GPT-2 of 12 million parameters that trains for
-20 minutes in fp32 on two AVX2 cores. The precisions take turns. A curve's difference is
-that of its mean over the seeds; the seeds alone show how far one run is from another.
+"long", a GPT-2 of 12 million parameters, read this Python's documentation. The precisions take
+turns. A curve's difference is that of its mean over the seeds; the seeds alone show how far one run
+is from another.
 """
 
 from __future__ import annotations
