@@ -17,7 +17,7 @@ from itertools import takewhile
 from typing import Unpack
 
 from gpt2c.generate.continuation import Text, read_prompt, step
-from gpt2c.generate.sampling import TextSettings, shows
+from gpt2c.generate.sampling import GENERATORS, ChatSettings, TextSettings, shows
 from gpt2c.generator import Generator
 from gpt2c.kernels.checks import counted
 from gpt2c.text.chat import Message, check_messages, check_template, encode_chat
@@ -65,7 +65,7 @@ class Chat:
     ['system', 'user', 'assistant']
     """
 
-    @shows(TextSettings, eos_token_id=..., cache=None, on_full="stop")
+    @shows(ChatSettings, eos_token_id=GENERATORS, cache=GENERATORS)
     def __init__(
         self,
         generator: Generator | str | os.PathLike[str],
@@ -73,14 +73,14 @@ class Chat:
         *,
         stop: str | Collection[str] | None = None,
         max_new_tokens: int | None = 256,
-        **settings: Unpack[TextSettings],
+        **settings: Unpack[ChatSettings],
     ) -> None:
         if not isinstance(generator, Generator):
             generator = Generator.from_pretrained(generator)
         check_template(generator.tokenizer)
-        settings.setdefault("on_full", "stop")
+        whole: TextSettings = {"on_full": "stop", **settings}
         self._config, self._writer = generator.plan(
-            stop=stop, max_new_tokens=max_new_tokens, **settings
+            stop=stop, max_new_tokens=max_new_tokens, **whole
         )
         if self._config.num_return_sequences > 1 or self._config.on_full != "stop":
             raise ValueError(

@@ -12,14 +12,14 @@ from __future__ import annotations
 import codecs
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Unpack, overload
+from typing import Any, Literal, NamedTuple, Self, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.formats.load import find_model
 from gpt2c.generate.continuation import Look, Streamed, continue_prompts
-from gpt2c.generate.sampling import GenerationConfig, TextSettings, likeliest, shows
+from gpt2c.generate.sampling import GENERATORS, GenerationConfig, TextSettings, likeliest, shows
 from gpt2c.kernels.backend import Backend, BackendName
 from gpt2c.kernels.checks import check_kind, whole
 from gpt2c.kernels.memory import Array
@@ -56,13 +56,23 @@ class Token(NamedTuple):
 class Continuation(str):
     """A generated text: a string that also knows why it ended.
 
-    Attributes
+    Parameters
     ----------
+    text : the string
     ended : "end" (a token that ends a text), "stop" (a stop string) or "length" (it has
         max_new_tokens, or the context is full)
     """
 
     ended: Why
+
+    def __new__(cls, text: str, ended: Why) -> Self:
+        """Return the string, which knows why it ended."""
+        self = super().__new__(cls, text)
+        self.ended = ended
+        return self
+
+    def __getnewargs__(self) -> tuple[str, Why]:  # of a copy or pickle
+        return str(self), self.ended
 
 
 class Writer:
@@ -129,9 +139,7 @@ class Writer:
 
     def text(self) -> Continuation:
         """Return the characters that were not taken, all that is left."""
-        text = Continuation(self.take(last=True))
-        text.ended = self.ended
-        return text
+        return Continuation(self.take(last=True), self.ended)
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -279,7 +287,7 @@ class Generator:
         **settings: Unpack[TextSettings],
     ) -> Continuation | list[Continuation]: ...
 
-    @shows(TextSettings, eos_token_id=..., cache=None)
+    @shows(TextSettings, eos_token_id=GENERATORS, cache=GENERATORS)
     def generate(
         self,
         prompt: str | Sequence[str],
@@ -377,7 +385,7 @@ class Generator:
         vectors = self.model.embed([self._ids(text) for text in several])
         return vectors[0] if isinstance(texts, str) else vectors
 
-    @shows(TextSettings, eos_token_id=..., cache=None)
+    @shows(TextSettings, eos_token_id=GENERATORS, cache=GENERATORS)
     def stream(
         self,
         prompt: str,
@@ -416,7 +424,7 @@ class Generator:
 
         return pieces()
 
-    @shows(TextSettings, eos_token_id=..., cache=None)
+    @shows(TextSettings, eos_token_id=GENERATORS, cache=GENERATORS)
     def tokens(
         self,
         prompt: str,

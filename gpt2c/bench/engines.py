@@ -533,7 +533,7 @@ def openvino_graph(config: GPT2Config, w: Parameters, kind: str) -> Any:
     Keys and values are variables that attention appends to, and attention is causal over them. The
     head is for the last position only. With "int8" each row of a weight has a scale. Inputs: ids
     (B, T) int64, positions (T,) int64, and rows (B,) int32, the row of the cache that each text
-    goes on from.
+    continues from.
     """
     import openvino
     from openvino import opset15 as op  # type: ignore[import-not-found,unused-ignore]

@@ -85,7 +85,7 @@ def beginner(
     out : gets text, base and sft, and beginner.json, which says that they are made here
     seed : of the weights and the examples
     overwrite : they may hold files
-    resume : they may hold what an earlier call for the same task made, which goes on
+    resume : they may hold what an earlier call for the same task made, which is continued
     given : settings of the runs that both have, such as threads
 
     Raises

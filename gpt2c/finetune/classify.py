@@ -37,7 +37,7 @@ from gpt2c.files.untrusted import read_json, shown
 from gpt2c.finetune.given import ClassifyGiven
 from gpt2c.finetune.report import Counts
 from gpt2c.finetune.settings import FinetuneSettings, rate
-from gpt2c.finetune.tune import Base, Check, Method, Result, tune
+from gpt2c.finetune.tune import Base, Method, Result, tune
 from gpt2c.formats.load import AnyConfig, find_model
 from gpt2c.kernels.checks import counted
 from gpt2c.parallel.world import World, join
@@ -52,7 +52,7 @@ from gpt2c.train.hooks import Learned
 from gpt2c.train.loop import dropout_of
 from gpt2c.train.run import LostModel, Run
 from gpt2c.train.settings import resumed, setting
-from gpt2c.train.stop import interruptible
+from gpt2c.train.stop import Check, interruptible
 
 __all__ = [
     "Classified",
@@ -116,7 +116,7 @@ class ClassifySettings(FinetuneSettings):
             raise ValueError("folds must be 0, or at least 2, got 1")
 
 
-class HeldOut(NamedTuple):
+class Fold(NamedTuple):
     """Texts to learn from and texts held out, and the labels of both.
 
     Attributes
@@ -236,7 +236,7 @@ def _splits(
     settings: ClassifySettings,
     tokenizer: Tokenizer,
     base: AnyConfig,
-) -> list[HeldOut]:
+) -> list[Fold]:
     """Read texts and divide them: one split, or one for each fold.
 
     Texts that differ only behind what the model reads are one.
@@ -267,7 +267,7 @@ def _splits(
         )
     if settings.folds:
         groups = [each.group for each in texts] if settings.group_field else None
-        every = HeldOut(texts, [], [], labels, rows, cut, reasons)
+        every = Fold(texts, [], [], labels, rows, cut, reasons)
         fold = stratified_folds(
             *(every.numbers(texts), settings.folds, settings.seed, groups, labels)
         )
@@ -288,7 +288,7 @@ def _splits(
                 f"the label {shown(label)} has {has}, and none is left to learn from: remove the"
                 " label, or take another seed or smaller fractions"
             )
-    return [HeldOut(train, val, test, labels, rows, cut, reasons)]
+    return [Fold(train, val, test, labels, rows, cut, reasons)]
 
 
 def _divided(
@@ -317,7 +317,7 @@ class _Classify(Method):
     shown = ("accuracy",)
     unit = "nats/text"
 
-    def __init__(self, base: Base, settings: ClassifySettings, split: HeldOut) -> None:
+    def __init__(self, base: Base, settings: ClassifySettings, split: Fold) -> None:
         self.tokenizer, self._settings, self._split = base.tokenizer, settings, split
         start = base.found.config.start_token_id
         self.tokenizer.add_bos_token = start is None or start == self.tokenizer.eot
@@ -398,7 +398,7 @@ class _Classify(Method):
         metrics = {"accuracy": right / len(step)} if math.isfinite(loss) else {}
         return Learned(loss, sum(lengths), metrics)
 
-    def evaluate(self, run: Run, check: Check) -> dict[str, float]:
+    def evaluate(self, run: Run, check: Check | None) -> dict[str, float]:
         texts = self._val if self._val.rows else self._train
         found = scores(run.model, texts.rows, self._settings.batch_tokens, check, run.world)
         weights = self._weights[texts.labels]
@@ -551,7 +551,7 @@ def _classify(
 
 
 def _record(out: Path) -> tuple[str, dict[str, Any]] | None:
-    """Return run.json of the run that goes on, or of its first fold, and where it is."""
+    """Return run.json of the run that is resumed, or of its first fold, and where it is."""
     for place in (out, out / "fold-1"):
         if (place / RUN_FILE).exists():
             return str(place / RUN_FILE), read_record(place, "classify")
@@ -575,7 +575,7 @@ def _run(
     base: str | os.PathLike[str],
     out: Path,
     given: Mapping[str, Any],
-    split: HeldOut,
+    split: Fold,
     resume: bool,
     overwrite: bool,
 ) -> tuple[Result, _Classify]:
@@ -590,7 +590,7 @@ def _run(
     return run, made[0]
 
 
-def _compared(splits: Sequence[HeldOut], settings: ClassifySettings) -> dict[str, Report]:
+def _compared(splits: Sequence[Fold], settings: ClassifySettings) -> dict[str, Report]:
     """Return the report of each baseline, which learned the texts of each split."""
     labels = splits[0].labels
     found: dict[str, Report] = {}

@@ -1,6 +1,6 @@
 """Experience: completions that several updates learn from, on disk while a run may need them.
 
-A run that was stopped between two updates on the same completions goes on with these: it cannot
+A run that was stopped between two updates on the same completions continues with these: it cannot
 sample them again, because the weights have changed.
 """
 

@@ -1,7 +1,7 @@
 """Data of a method that learns texts: examples from a file or a list, or a directory of tokens.
 
 A directory of `gpt2c prepare` holds plain text: its token files are cut into windows, each of them
-an example of which all is learned. So a method that takes answers to prompts goes on with the
+an example of which all is learned. So a method that takes answers to prompts continues with the
 pretraining, too.
 """
 
@@ -18,7 +18,7 @@ from gpt2c.causal_lm import CausalLM
 from gpt2c.files import atomic
 from gpt2c.finetune.report import Counts, coloured, held
 from gpt2c.finetune.settings import FinetuneSettings
-from gpt2c.finetune.tune import Base, Check
+from gpt2c.finetune.tune import Base
 from gpt2c.kernels.checks import counted
 from gpt2c.model.objective import CrossEntropy
 from gpt2c.parallel.world import ALONE, World
@@ -36,6 +36,7 @@ from gpt2c.text.ragged import Order, held_out
 from gpt2c.text.shards import SplitName, StoredTokens, checksums, read_shards
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.settings import setting
+from gpt2c.train.stop import Check
 
 __all__ = ["Data", "Source", "SupervisedSettings", "Windows", "open_data"]
 
@@ -136,7 +137,7 @@ class Data:
         return self.val or self.train[: self.order.batch_size]
 
     def mean_loss(
-        self, model: CausalLM, most: int, check: Check = None, world: World = ALONE
+        self, model: CausalLM, most: int, check: Check | None = None, world: World = ALONE
     ) -> float:
         """Return the mean loss of the judged examples' learned tokens, in nats.
 

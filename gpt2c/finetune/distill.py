@@ -29,7 +29,7 @@ from gpt2c.causal_lm import CausalLM
 from gpt2c.finetune.data import Source, SupervisedSettings, open_data
 from gpt2c.finetune.given import DistillGiven
 from gpt2c.finetune.settings import rate
-from gpt2c.finetune.tune import Base, Check, Method, Result, checksum, tune
+from gpt2c.finetune.tune import Base, Method, Result, checksum, tune
 from gpt2c.formats.load import AnyConfig, find_model
 from gpt2c.kernels.backend import Backend, get_backend
 from gpt2c.kernels.memory import Array
@@ -42,6 +42,7 @@ from gpt2c.train.hooks import Learned
 from gpt2c.train.loop import dropout_of
 from gpt2c.train.run import Run
 from gpt2c.train.settings import setting
+from gpt2c.train.stop import Check
 
 __all__ = ["DistillSettings", "Distillation", "distill", "divergence"]
 
@@ -105,8 +106,8 @@ def divergence(
     temperature, beta : see the top of the file
     """
     tau = temperature
-    log_p, p = log_softmax(student, tau)
-    log_q, q = log_softmax(teacher, tau)
+    log_p, p = log_softmax_and_softmax(student, tau)
+    log_q, q = log_softmax_and_softmax(teacher, tau)
     if beta == 0:
         ratio = log_q - log_p
         ratio *= q
@@ -126,7 +127,9 @@ def divergence(
     return tau**2 * (weight * own + rest), p
 
 
-def log_softmax(logits: NDArray[Any], temperature: float) -> tuple[NDArray[Any], NDArray[Any]]:
+def log_softmax_and_softmax(
+    logits: NDArray[Any], temperature: float
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return the log-probabilities (n, V) of logits (n, V), and the probabilities."""
     logs: NDArray[Any] = logits / temperature
     logs -= logs.max(axis=1, keepdims=True)
@@ -307,7 +310,7 @@ class _Distill(Method):
             metrics["on_policy"] = float(bool(written))
         return Learned(loss, tokens_of(examples), metrics)
 
-    def evaluate(self, run: Run, check: Check) -> dict[str, float]:
+    def evaluate(self, run: Run, check: Check | None) -> dict[str, float]:
         most, world = self._settings.batch_tokens, run.world
         if self._teacher_loss is None:
             self._teacher_loss = self._data.mean_loss(self._teacher, most, check, world)

@@ -29,7 +29,7 @@ from gpt2c.finetune.pairs import Unit, mismatched, pair_of, single_of
 from gpt2c.finetune.preference import PAIR_LOSSES, PairLoss, kto, reference_point, sft
 from gpt2c.finetune.reference import reference_of
 from gpt2c.finetune.settings import rate
-from gpt2c.finetune.tune import Base, Check, Result, tune
+from gpt2c.finetune.tune import Base, Result, tune
 from gpt2c.kernels.checks import counted
 from gpt2c.model.model import Model
 from gpt2c.text.examples import Example, Record, fingerprint
@@ -39,6 +39,7 @@ from gpt2c.train.directory import report
 from gpt2c.train.hooks import Learned
 from gpt2c.train.run import Run
 from gpt2c.train.settings import setting
+from gpt2c.train.stop import Check
 
 __all__ = ["DPOSettings", "dpo"]
 
@@ -209,11 +210,11 @@ class _Referred(Judging):
     def begin(self, run: Run) -> None:
         self._refer(run, None)
 
-    def evaluate(self, run: Run, check: Check) -> dict[str, float]:
+    def evaluate(self, run: Run, check: Check | None) -> dict[str, float]:
         self._refer(run, check)
         return super().evaluate(run, check)
 
-    def _refer(self, run: Run, check: Check) -> None:
+    def _refer(self, run: Run, check: Check | None) -> None:
         """Give the units their reference, once."""
         if self._referred:
             return
@@ -256,7 +257,7 @@ class _DPO(_Referred):
         self._referred = not self._loss.has_reference
         self._told = False
 
-    def judge(self, run: Run, units: Sequence[Unit], check: Check) -> Pairs:
+    def judge(self, run: Run, units: Sequence[Unit], check: Check | None) -> Pairs:
         return Pairs(self._loss, self.settings.sft_weight)
 
     def learn(self, run: Run) -> Learned:
@@ -267,7 +268,7 @@ class _DPO(_Referred):
                 check_start(first, self._loss.start)
         return learned
 
-    def evaluate(self, run: Run, check: Check) -> dict[str, float]:
+    def evaluate(self, run: Run, check: Check | None) -> dict[str, float]:
         figures = super().evaluate(run, check)
         if self._loss.has_reference and not self._told:
             chosen = figures["val_logps/chosen"]
@@ -312,7 +313,7 @@ class _KTO(_Referred):
     def sides(self, unit: Unit) -> Sequence[str]:
         return ("liked answer" if unit.liked else "answer that is not liked",)
 
-    def judge(self, run: Run, units: Sequence[Unit], check: Check) -> Singles:
+    def judge(self, run: Run, units: Sequence[Unit], check: Check | None) -> Singles:
         others = [unit.other for unit in units if unit.other]
         policy = np.zeros(len(units))
         batches = parts([len(one.ids) - 1 for one in others], self.settings.batch_tokens)

@@ -52,7 +52,7 @@ from gpt2c.finetune.report import Counts, held
 from gpt2c.finetune.rollouts import Diverged, Rollouts, sample
 from gpt2c.finetune.settings import FinetuneSettings, rate
 from gpt2c.finetune.tasks import TASKS
-from gpt2c.finetune.tune import Base, Check, Method, Result, tune
+from gpt2c.finetune.tune import Base, Method, Result, tune
 from gpt2c.finetune.verifiers import Function, Reward, Rewards, find_rewards, score, try_rewards
 from gpt2c.formats.huggingface import save_weights
 from gpt2c.formats.load import AnyConfig, find_model
@@ -67,6 +67,7 @@ from gpt2c.train.hooks import Learned
 from gpt2c.train.loop import dropout_of
 from gpt2c.train.run import Run
 from gpt2c.train.settings import setting
+from gpt2c.train.stop import Check
 
 __all__ = ["GRPOSettings", "grpo"]
 
@@ -347,7 +348,7 @@ class _GRPO(Method):
             batch = self._sampled_batch(run, cycle)
         elif self._held is not None and self._held[0] == cycle:
             batch = self._held[1]
-        else:  # the run goes on within a cycle
+        else:  # a resumed run, within a cycle
             batch = cycles.load(run.out, cycle, run.world)
         self._held = cycle, batch
         return batch
@@ -412,7 +413,7 @@ class _GRPO(Method):
         temperature: float,
         number: int,
         world: World,
-        check: Check = None,
+        check: Check | None = None,
     ) -> Sampled:
         """Sample completions of prompts, and reward them; rank 0 alone calls the user's code."""
         settings = self._settings
@@ -542,7 +543,7 @@ class _GRPO(Method):
             figures["kl"] = float(terms.kl.mean())
         return figures
 
-    def evaluate(self, run: Run, check: Check) -> dict[str, float]:
+    def evaluate(self, run: Run, check: Check | None) -> dict[str, float]:
         settings, held, G = self._settings, self._held_out, self._settings.num_generations
         # The model that is saved, not its copy in fewer bits that samples what is learned from.
         asked = EVALUATION, run.world, check

@@ -26,7 +26,7 @@ from gpt2c.finetune.completions import Send, lengths_of
 from gpt2c.finetune.pairs import Unit, shortened_unit
 from gpt2c.finetune.report import Counts, coloured, held
 from gpt2c.finetune.settings import FinetuneSettings, rate
-from gpt2c.finetune.tune import Base, Check, Method
+from gpt2c.finetune.tune import Base, Method
 from gpt2c.kernels.checks import counted
 from gpt2c.model.model import Model
 from gpt2c.parallel.world import World
@@ -37,6 +37,7 @@ from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.hooks import Learned
 from gpt2c.train.run import Run
 from gpt2c.train.settings import setting
+from gpt2c.train.stop import Check
 
 __all__ = ["Array", "Judge", "Judged", "Judging", "JudgingSettings", "Source"]
 
@@ -150,7 +151,7 @@ class Judging(Method):
         self.order = Order(self.examples, settings.batch_size, settings.seed)
 
     @abstractmethod
-    def judge(self, run: Run, units: Sequence[Unit], check: Check) -> Judge:
+    def judge(self, run: Run, units: Sequence[Unit], check: Check | None) -> Judge:
         """Return the judge of a step or an evaluation, whose units these are, of all ranks."""
 
     def lines(self) -> Iterator[str]:
@@ -188,7 +189,7 @@ class Judging(Method):
         loss, figures = _means(run.world, found)
         return Learned(loss, tokens, figures) if math.isfinite(loss) else Learned(math.nan, tokens)
 
-    def evaluate(self, run: Run, check: Check) -> dict[str, float]:
+    def evaluate(self, run: Run, check: Check | None) -> dict[str, float]:
         """See `Method`."""
         units = self.val or self.train[: self.settings.batch_size]
         judge, found = self.judge(run, units, check), []

@@ -3,7 +3,7 @@
     {"examples": "8c1f...", "base": "02ab...", ...}     what they were computed from
     -31.25                                              that of an example, one after another
 
-A line is whole or is computed again, so a run that was killed goes on in the middle. Numbers of
+A line is whole or is computed again, so a run that was killed continues in the middle. Numbers of
 other examples or of another model are never taken.
 """
 

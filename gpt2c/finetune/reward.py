@@ -21,13 +21,14 @@ from gpt2c.finetune.given import RewardGiven
 from gpt2c.finetune.judging import Array, Judged, Judging, JudgingSettings, Source
 from gpt2c.finetune.pairs import Unit, pair_of, without_end
 from gpt2c.finetune.preference import bradley_terry
-from gpt2c.finetune.tune import Base, Check, Result, tune
+from gpt2c.finetune.tune import Base, Result, tune
 from gpt2c.formats.load import AnyConfig
 from gpt2c.model.model import Model
 from gpt2c.text.examples import Example, Record
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.run import Run
 from gpt2c.train.settings import setting
+from gpt2c.train.stop import Check
 
 __all__ = ["RewardSettings", "reward"]
 
@@ -96,7 +97,7 @@ class _Reward(Judging):
         pad = self.tokenizer.eot if base.pad_token_id is None else base.pad_token_id
         return dataclasses.replace(base, num_labels=1, pad_token_id=pad)
 
-    def judge(self, run: Run, units: Sequence[Unit], check: Check) -> Scores:
+    def judge(self, run: Run, units: Sequence[Unit], check: Check | None) -> Scores:
         return Scores(self.settings.center_rewards_coefficient)
 
 

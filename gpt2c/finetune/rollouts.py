@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from gpt2c.model.language_model import LanguageModel
 from gpt2c.parallel.world import ALONE, World
 from gpt2c.train.run import LostModel
-from gpt2c.train.stop import StoppedError
+from gpt2c.train.stop import Check, StoppedError
 
 __all__ = ["Diverged", "Rollouts", "draw", "sample"]
 
@@ -112,7 +112,7 @@ def sample(
     key: tuple[int, int],
     unused: Sequence[int] = (),
     value: int | None = None,
-    check: Callable[..., None] | None = None,
+    check: Check | None = None,
     world: World = ALONE,
 ) -> Rollouts:
     """Sample completions.

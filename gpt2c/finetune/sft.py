@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from gpt2c.causal_lm import CausalLM
 from gpt2c.finetune.data import Source, SupervisedSettings, open_data
 from gpt2c.finetune.given import SFTGiven
-from gpt2c.finetune.tune import Base, Check, Method, Result, tune
+from gpt2c.finetune.tune import Base, Method, Result, tune
 from gpt2c.kernels.backend import Backend
 from gpt2c.kernels.memory import Array
 from gpt2c.model.objective import CrossEntropy, Rows
@@ -33,6 +33,7 @@ from gpt2c.train.hooks import Learned
 from gpt2c.train.loop import dropout_of
 from gpt2c.train.run import Run
 from gpt2c.train.settings import setting
+from gpt2c.train.stop import Check
 
 __all__ = ["SFTSettings", "sft"]
 
@@ -99,7 +100,7 @@ class _SFT(Method):
         loss, right = run.world.sum([loss, right])
         return Learned(loss, tokens_of(step), {"mean_token_accuracy": right / count})
 
-    def evaluate(self, run: Run, check: Check) -> dict[str, float]:
+    def evaluate(self, run: Run, check: Check | None) -> dict[str, float]:
         examples = self._data.judged
         total, right, count = 0.0, 0.0, 0.0
         for batch in run.world.turns(divided(examples, self._settings.batch_tokens), check):
@@ -119,7 +120,7 @@ def answered(
     model: CausalLM,
     examples: Sequence[Example],
     eot: int,
-    check: Check = None,
+    check: Check | None = None,
     world: World = ALONE,
 ) -> dict[str, float]:
     """Answer the last prompt of examples greedily; return how well. One that is cut is not asked.

@@ -1,7 +1,8 @@
 """The frame of fine-tuning: a base model and examples -> a run's directory, whatever the method.
 
-A run can be killed at any moment and goes on with resume=True, to the bit, as in pretraining: each
-step is a function of its number, the settings, the examples, and the weights and moments before it.
+A run can be killed at any moment, and continues with resume=True, to the bit, as in pretraining:
+each step is a function of its number, the settings, the examples, and the weights and moments
+before it.
 
 On several ranks of MPI each has a share of a step's examples. Their gradients are summed here.
 """
@@ -56,15 +57,14 @@ from gpt2c.train.needs import on_ranks, with_scratch
 from gpt2c.train.run import LostModel, Run, check_ranks, open_run
 from gpt2c.train.settings import resumed
 from gpt2c.train.sharded import optimizer_of
-from gpt2c.train.stop import StoppedError, interruptible
+from gpt2c.train.stop import Check, StoppedError, interruptible
 from gpt2c.train.tensorboard import check_tensorboard
 
-__all__ = ["Base", "Check", "Method", "Result", "checksum", "tune"]
+__all__ = ["Base", "Method", "Result", "checksum", "tune"]
 
 SMALL = 20_000_000  # parameters: below it the default learning rate teaches next to nothing
 LORA_RATE = 10  # adapters' learning rate: this times a whole model's
 S = TypeVar("S", bound=FinetuneSettings)
-Check = Callable[..., None] | None  # `Stop.check`, which raises an error that ends an evaluation
 
 
 class Base(NamedTuple):
@@ -138,7 +138,7 @@ class Method(ABC):
         copy_model(checkpoint, out)
 
     @abstractmethod
-    def evaluate(self, run: Run, check: Check) -> dict[str, float]:
+    def evaluate(self, run: Run, check: Check | None) -> dict[str, float]:
         """Return figures of the present weights on the examples held out; "val_loss" is one.
 
         All ranks return the same; they may take turns: `run.world.turns`.
@@ -232,7 +232,7 @@ def tune(
         before: Mapping[str, float] = {}
         after: dict[str, float] = {}
 
-        def evaluation(check: Check) -> Mapping[str, float]:
+        def evaluation(check: Check | None) -> Mapping[str, float]:
             after.clear()
             after.update(method.evaluate(run, check))
             return after

@@ -23,7 +23,9 @@ from gpt2c.kernels.checks import number, whole_or_float
 from gpt2c.model.reader import CacheType, check_cache
 
 __all__ = [
+    "GENERATORS",
     "OFF",
+    "ChatSettings",
     "GenerationConfig",
     "RequestSettings",
     "TextSettings",
@@ -71,7 +73,7 @@ def is_off(name: str, value: Any) -> bool:
 
 
 class DrawSettings(TypedDict, total=False):
-    """`GenerationConfig`'s settings of any text: their names and types, for a type checker.
+    """`GenerationConfig`'s settings of every text: their names and types, for a type checker.
 
     Of the settings in `OFF` only the common ones are here, though all are accepted.
     """
@@ -86,7 +88,6 @@ class DrawSettings(TypedDict, total=False):
     no_repeat_ngram_size: int | None
     eos_token_id: int | Collection[int] | None
     seed: int | None
-    on_full: Literal["slide", "stop"] | None
     num_beams: int | None
     typical_p: float | None
     use_cache: bool | None
@@ -95,10 +96,16 @@ class DrawSettings(TypedDict, total=False):
     pad_token_id: int | None
 
 
-class TextSettings(DrawSettings, total=False):
-    """`GenerationConfig`'s settings for texts of a call."""
+class ChatSettings(DrawSettings, total=False):
+    """`GenerationConfig`'s settings for the answers of a chat."""
 
     cache: CacheType | None
+
+
+class TextSettings(ChatSettings, total=False):
+    """`GenerationConfig`'s settings for texts of a call."""
+
+    on_full: Literal["slide", "stop"] | None
 
 
 class TokenSettings(TextSettings, total=False):
@@ -111,7 +118,16 @@ class TokenSettings(TextSettings, total=False):
 class RequestSettings(DrawSettings, total=False):
     """`GenerationConfig`'s settings for one of the texts that share an engine's memory."""
 
+    on_full: Literal["slide", "stop"] | None
     stop: int | Collection[int] | None
+
+
+class _Generators:
+    def __repr__(self) -> str:
+        return "<the generator's>"
+
+
+GENERATORS = _Generators()  # in a signature: the default is a setting of the generator
 
 
 def shows(settings: type[Any], **other: object) -> Callable[[F], F]:

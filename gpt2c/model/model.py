@@ -564,7 +564,7 @@ class Model(ModelWeights):
         d_scores : after `scores`: numbers of its result's shape, the gradient of the caller's loss;
             the gradient is that of scale * sum(d_scores * scores)
         final : is called on the way with the names of parameters whose gradients this call will not
-            touch again, the last layer's first, so that others can have them while it goes on
+            touch again, the last layer's first, so that others can have them before backward ends
 
         Raises
         ------

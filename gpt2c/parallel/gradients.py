@@ -185,7 +185,7 @@ class Exchange:
         self._move()
 
     def _move(self) -> None:
-        """Let what is on its way go on while kernels compute."""
+        """Let what is on its way proceed while kernels compute."""
         requests = [*self._coming.values(), *(one.request for one in self._sent)]
         if not self._moves:
             self._world.MPI.Request.Testall(requests)

@@ -82,7 +82,7 @@ def locked_run(out: Path) -> AbstractContextManager[None]:
     """
     if not out.is_dir():
         check_link(out)
-        raise FileNotFoundError(f"{out} is not a directory, so it holds no run that can go on")
+        raise FileNotFoundError(f"{out} is not a directory, so it holds no run to resume")
     return atomic.locked(
         out, f"another process is training into {out}: wait for it, or name another directory"
     )
@@ -104,14 +104,16 @@ def read_record(out: Path, verb: str = "train") -> dict[str, Any]:
     """
     path = out / RUN_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: {out} holds no run that can go on")
+        raise FileNotFoundError(f"{path} does not exist: {out} holds no run to resume")
     record = read_json(path)
     version = record.get("version")
     if type(version) is not int or version != VERSION:
         raise ValueError(f"{path}: version must be {VERSION}, got {shown(version)}")
     began = record.get("verb", "train")
     if began != verb:
-        raise ValueError(f"{path}: gpt2c {shown(began)[1:-1]} began this run, so go on with that")
+        raise ValueError(
+            f"{path}: gpt2c {shown(began)[1:-1]} began this run, so resume it with that"
+        )
     for name in ("settings", "config", "data", "backend", "threads"):
         if name not in record:
             raise ValueError(f"{path} lacks {name}")
@@ -173,7 +175,7 @@ def check_never_saved(out: Path) -> None:
     saved = any((out / name).exists() for name in (WEIGHTS_FILE, ADAPTER_FILES[1]))
     if saved or (steps and not (out / CHECKPOINTS).is_dir()):
         raise FileNotFoundError(
-            f"{out} has done {steps:,} steps, but {out / CHECKPOINTS} holds no checkpoint to go on"
+            f"{out} has done {steps:,} steps, but {out / CHECKPOINTS} holds no checkpoint to resume"
             " from: put it back, or begin the run again with --overwrite"
         )
     if steps:
@@ -211,7 +213,7 @@ def _fields(config: ModelConfig | None) -> dict[str, Any]:
 def newest_checkpoint(
     out: Path, record: Mapping[str, Any], config: ModelConfig
 ) -> Checkpoint | None:
-    """Return the newest whole checkpoint of a run that goes on; None if it begins again.
+    """Return the newest whole checkpoint of a run that is resumed; None if it begins again.
 
     Raises
     ------

@@ -20,7 +20,7 @@ from gpt2c.kernels.backend import fma_peak
 from gpt2c.kernels.busy import BusyCores
 from gpt2c.screen.progress import Progress
 from gpt2c.train.run import LostModel, Run
-from gpt2c.train.stop import Stop
+from gpt2c.train.stop import Check, Stop
 
 __all__ = [
     "Evaluate",
@@ -87,7 +87,7 @@ class Step(NamedTuple):
 
 Hook = Callable[[Run, Step], None]
 # Figures of the present weights, "val_loss" among them; calls its argument between batches, if any.
-Evaluation = Callable[[Callable[[], None] | None], Mapping[str, float]]
+Evaluation = Callable[[Check | None], Mapping[str, float]]
 
 
 class Show:
@@ -202,7 +202,7 @@ class Evaluate:
         if run.entry:  # a stop causes a save, which must not follow a skipped step
             self.finish(run, None if step.fault else self._stop.check)
 
-    def finish(self, run: Run, check: Callable[[], None] | None) -> None:
+    def finish(self, run: Run, check: Check | None) -> None:
         """Finish a step that is not logged yet, by the present settings.
 
         Raises

@@ -80,7 +80,6 @@ def train_run(
     shown : the metrics of the objective that are shown beside the loss
     """
     start, started = time.monotonic(), run.step
-    run.tried = start
     progress = Progress(run.step, run.settings.max_iters, run.settings.log_interval)
     evaluate = Evaluate(evaluation, stop, progress, unit, shown)
     hooks = (Show(run, progress, shown), log, Save(stop, progress), evaluate)
@@ -128,7 +127,8 @@ def take_steps(
             step = _step(run, learn, schedule(run.step), skips, stop)
             for hook in hooks:
                 hook(run, step)
-            stopped = stop.asked if run.world.size == 1 else step.stopped
+            # Ranks agreed in the step, before the update; one process sees a later signal, too.
+            stopped = step.stopped or (run.world.size == 1 and stop.asked)
     except BaseException as error:
         if not (isinstance(error, LostModel | StoppedError) or skips.in_a_row):
             _rescue(run, stop, progress)

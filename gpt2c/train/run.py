@@ -1,4 +1,4 @@
-"""A run of this process: it writes its directory (directory.py), and goes on from what is there.
+"""A run of this process: it writes its directory (directory.py), and continues from what is there.
 
 Knows nothing about batches or schedules, and of losses only whether the weights gave a finite one.
 Computes nothing.
@@ -105,7 +105,7 @@ def open_run(
     ----------
     record : of run.json, None for a new run
     overwrite : a new run's directory may hold files
-    held : the directory is claimed and locked already, as that of a run that goes on is locked
+    held : the directory is claimed and locked already, as that of a resumed run is
     stack : holds the lock
 
     Raises
@@ -189,8 +189,8 @@ class Run:
     def start(self) -> None:
         """Begin the directory anew: remove an overwritten run's files, but keep links to files.
 
-        run.json is removed first and written first: with it a run can go on, and without it old
-        files cannot be mistaken for a run.
+        run.json is removed first and written first: with it a run can be resumed; without it, old
+        files cannot be mistaken for one.
         """
         self.clear()
         self._open()
@@ -315,7 +315,7 @@ class Run:
         logged = self.step - bool(self.entry)
         report(
             f"{self.out} was removed, renamed or emptied while the run trained: it is made again,"
-            f" and its metrics go on after step {logged}"
+            f" and its metrics continue after step {logged}"
         )
 
     @contextmanager
@@ -327,7 +327,7 @@ class Run:
             if path.name not in self._told:
                 self._told.add(path.name)
                 reason = error.strerror or error
-                report(f"{path} cannot be written ({reason}): the run goes on without it")
+                report(f"{path} cannot be written ({reason}): the run continues without it")
 
     def _record(self) -> dict[str, Any]:
         return {
@@ -367,7 +367,7 @@ class Run:
         self.entry = None
 
     def share(self) -> None:
-        """Give the other ranks the weights and counts with which rank 0 goes on."""
+        """Give the other ranks the weights and counts with which rank 0 continues."""
         if self.world.size == 1:
             return
         assert isinstance(self.world, Ranks)
@@ -495,7 +495,9 @@ class Run:
         if self.good is None:
             return f"there is no good checkpoint: {self.saved} gives no finite loss"
         if self.good != self.saved:
-            return f"the last good checkpoint is {self.good} (delete {self.saved} to go on from it)"
+            return (
+                f"the last good checkpoint is {self.good} (delete {self.saved} to resume from it)"
+            )
         return f"the last good checkpoint is {self.good}"
 
     def newest(self) -> str:

@@ -94,7 +94,7 @@ class ShardedAdamW(AdamW):
             self._world.bytes_sent += part.nbytes * (asked == GIVE)
 
     def release(self) -> None:
-        """On rank 0: let the others go on."""
+        """On rank 0: let the others continue."""
         self._ask(END)
 
     def _ask(self, asked: int, name: str = "m", bucket: int = 0) -> None:

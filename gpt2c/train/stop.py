@@ -9,15 +9,22 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from gpt2c.parallel.world import ALONE, World
 
-__all__ = ["SIGNALS", "Stop", "StoppedError", "interruptible"]
+__all__ = ["SIGNALS", "Check", "Stop", "StoppedError", "interruptible"]
 
 # Signals that end a program without a handler: of Ctrl-C, of kill and timeout, of a terminal that
 # closes, of a cluster before a job's time is over.
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU")
+
+
+class Check(Protocol):
+    """`Stop.check`, as an evaluation calls it between its parts."""
+
+    def __call__(self, here: bool = False) -> None:
+        """See `Stop.check`."""
 
 
 class Stop:

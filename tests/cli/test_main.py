@@ -242,7 +242,7 @@ MISTAKES = [
     ("train --data data --out new --resume", "new is not a directory"),
     (
         "train --data data --out folder --resume",
-        r"run\.json does not exist: .*no run that can go on",
+        r"run\.json does not exist: .*no run to resume",
     ),
     ("train --data data --out weights --resume", r"weights/run\.json does not exist"),
     (

@@ -40,7 +40,7 @@ def test_resume_refuses_a_run_without_its_checkpoints(
     with pytest.raises(FileNotFoundError) as error:
         train_short(data, out, resume=True)
     assert str(error.value) == (
-        f"{out} has done 8 steps, but {out / 'checkpoints'} holds no checkpoint to go on from: put"
+        f"{out} has done 8 steps, but {out / 'checkpoints'} holds no checkpoint to resume from: put"
         " it back, or begin the run again with --overwrite"
     )
     assert files_below(out) == before
@@ -170,7 +170,7 @@ def test_run_makes_its_lost_directory_again(
     train_short(data, out, save_interval=2, tensorboard=has_tensorboard)
     assert locks == [out / "checkpoints" / f"{step:08d}" for step in (4, 8)]
     told = f"{out} was removed, renamed or emptied while the run trained: it is made again, and its"
-    assert capsys.readouterr().out.count(f"{told} metrics go on after step 3\n") == 1
+    assert capsys.readouterr().out.count(f"{told} metrics continue after step 3\n") == 1
     assert (out / "model.safetensors").read_bytes() == (
         whole_short / "model.safetensors"
     ).read_bytes()

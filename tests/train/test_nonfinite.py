@@ -175,7 +175,7 @@ def test_checkpoint_without_a_finite_loss_replaces_no_good_one(
     assert "at step 11, so the run stopped before its update; the last good checkpoint is" in (
         message
     )
-    assert f" is {good} (delete {bad} to go on from it); " in message
+    assert f" is {good} (delete {bad} to resume from it); " in message
     assert checkpoint_names(out) == ["00000005", "00000010"]
     shutil.rmtree(bad)
     ruined(0)  # never
