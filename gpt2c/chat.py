@@ -194,7 +194,7 @@ class Chat:
         """Read what is new of a conversation, and yield its answer."""
         writer, answer = self._writer(), ""
         text = Text(
-            ids, self._config, self._ends, 0, turn, watch=writer, unused=self._generator.unused
+            ids, self._config, self._ends, 0, turn, should_end=writer, unused=self._generator.unused
         )
         # The last token is read again in any case: its logits choose the first one of the answer.
         known = min(_count_equal(ids, self._cached), len(ids) - 1)

@@ -71,8 +71,8 @@ class Continuation(str):
         self.ended = ended
         return self
 
-    def __getnewargs__(self) -> tuple[str, Why]:  # of a copy or pickle
-        return str(self), self.ended
+    def __reduce__(self) -> tuple[type[Self], tuple[str, Why]]:  # for a copy or pickle
+        return type(self), (str(self), self.ended)
 
 
 class Writer:

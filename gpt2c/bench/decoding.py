@@ -108,7 +108,7 @@ def bench_generate(
     config: ModelConfig,
     quick: bool,
     show: Callable[[list[Measurement]], None],
-    watch: Follower = UNWATCHED,
+    follower: Follower = UNWATCHED,
 ) -> tuple[list[Measurement], str]:
     """Time prefill and steps of decoding on every row.
 
@@ -119,7 +119,7 @@ def bench_generate(
     config : of the model
     quick : fewer samples
     show : called with the results of each work when they are complete
-    watch : called on progress through the works of WORKS
+    follower : called on progress through the works of WORKS
 
     Returns
     -------
@@ -140,7 +140,7 @@ def bench_generate(
     require("a benchmark of generation", needed, FEWER)
     works = [_reading(config, *work) for work in WORKS]
     rounds = QUICK_ROUNDS if quick else ROUNDS
-    return measure(names, ceilings.threads, [works], rounds, ROW_SECONDS, show, watch)
+    return measure(names, ceilings.threads, [works], rounds, ROW_SECONDS, show, follower)
 
 
 def _reading(config: ModelConfig, what: str, B: int, T: int) -> Work:

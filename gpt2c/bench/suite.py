@@ -327,7 +327,7 @@ def bench_ops(
     ceilings: Ceilings,
     quick: bool,
     show: Callable[[list[Measurement]], None],
-    watch: Follower = UNWATCHED,
+    follower: Follower = UNWATCHED,
 ) -> tuple[list[Measurement], str]:
     """Time every op, forward and backward, on every row.
 
@@ -337,7 +337,7 @@ def bench_ops(
     ceilings : of the machine
     quick : the first shape of each op and fewer samples
     show : called with the results of each work when they are complete
-    watch : called on progress through the works of `ops_work`
+    follower : called on progress through the works of `ops_work`
 
     Returns
     -------
@@ -353,7 +353,7 @@ def bench_ops(
     needed = dict.fromkeys(names, int(largest)) | {"verification": 4 * int(largest)}
     require("a benchmark of ops", needed, FEWER)
     rounds = QUICK_ROUNDS if quick else ROUNDS
-    return measure(names, ceilings.threads, [works], rounds, ROW_SECONDS, show, watch)
+    return measure(names, ceilings.threads, [works], rounds, ROW_SECONDS, show, follower)
 
 
 def bench_train(
@@ -364,7 +364,7 @@ def bench_train(
     recompute: str | None,
     quick: bool,
     show: Callable[[list[Measurement]], None],
-    watch: Follower = UNWATCHED,
+    follower: Follower = UNWATCHED,
     begin: Begin | None = None,
     world: World = ALONE,
 ) -> tuple[list[Measurement], str]:
@@ -372,7 +372,7 @@ def bench_train(
 
     Parameters
     ----------
-    names, ceilings, quick, show, watch : as for `bench_ops`
+    names, ceilings, quick, show, follower : as for `bench_ops`
     config : of the model
     shapes : (B, T) of the batches
     recompute : see `GPT2`; PyTorch's rows keep everything
@@ -393,7 +393,7 @@ def bench_train(
     # new processes for each shape: the peak of memory is theirs
     works = [[_step(config, B, T, recompute)] for B, T in shapes]
     rounds = QUICK_STEP_ROUNDS if quick else STEP_ROUNDS
-    return measure(names, ceilings.threads, works, rounds, ROW_STEP_SECONDS, show, watch, begin)
+    return measure(names, ceilings.threads, works, rounds, ROW_STEP_SECONDS, show, follower, begin)
 
 
 def heading_of(config: ModelConfig) -> str:
@@ -418,7 +418,7 @@ def measure(
     rounds: int,
     limit: float,
     show: Callable[[list[Measurement]], None],
-    watch: Follower = UNWATCHED,
+    follower: Follower = UNWATCHED,
     begin: Begin | None = None,
 ) -> tuple[list[Measurement], str]:
     """Measure rows on one work after the other: they get ready, are verified, and take turns.
@@ -429,7 +429,7 @@ def measure(
     threads : of each row
     works : in groups; a row has one process for each group
     rounds, limit : see `take_turns`
-    show, watch : see `bench_ops`
+    show, follower : see `bench_ops`
     begin : in place of `start`
 
     Returns
@@ -442,11 +442,11 @@ def measure(
         with ExitStack() as stack:
             rows = list((begin or start)(names, threads, stack))
             for work in group:
-                watch.work(work.group)
-                watch.now("each row gets ready and is verified")
+                follower.work(work.group)
+                follower.now("each row gets ready and is verified")
                 results = [get_ready(row, work) for row in rows]
                 _compare_losses(results)
-                take_turns(rows, results, work.timed, rounds, limit, quiet, watch)
+                take_turns(rows, results, work.timed, rounds, limit, quiet, follower)
                 for i, result in enumerate(results):
                     if result.note.startswith("FAILED") and isinstance(rows[i], Row):
                         note = f"its process ended in {work.group}"
@@ -484,7 +484,7 @@ def take_turns(
     rounds: int,
     limit: float,
     quiet: Quiet,
-    watch: Follower = UNWATCHED,
+    follower: Follower = UNWATCHED,
 ) -> None:
     """Sample each row once a round; a row with two samples and `limit` seconds sits out."""
     for number in range(rounds):
@@ -494,7 +494,7 @@ def take_turns(
                 continue
             if len(result.seconds) >= 2 and sum(result.seconds) > limit:
                 continue
-            watch.now(f"round {number + 1} of {rounds}: {row.name}")
+            follower.now(f"round {number + 1} of {rounds}: {row.name}")
             try:
                 answer = row.ask(command)
             except WorkerError as error:

@@ -216,7 +216,7 @@ def _bench(
     print("\n".join([*lines, ""]), flush=True)
     config = SHAPES[options.model or "gpt2"]
     works = {"ops": len(ops_work(options.quick)), "train": len(shapes), "generate": len(WORKS)}
-    watch = _Shown(works[options.what])
+    follower = _Shown(works[options.what])
     tables: list[tuple[str, list[list[str]]]] = []
 
     results: list[Measurement] = []
@@ -227,17 +227,17 @@ def _bench(
         if team:
             add_speed_ups(found)
         tables.append((ranks_table if team else TABLES[options.what])(found, ceilings))
-        watch.print(as_text(*tables[-1]) + "\n")
+        follower.print(as_text(*tables[-1]) + "\n")
 
     try:
         if options.what == "ops":
-            _, verdict = bench_ops(names, ceilings, options.quick, show, watch)
+            _, verdict = bench_ops(names, ceilings, options.quick, show, follower)
         elif options.what == "generate":
-            _, verdict = bench_generate(names, ceilings, config, options.quick, show, watch)
+            _, verdict = bench_generate(names, ceilings, config, options.quick, show, follower)
         else:
             _, verdict = bench_train(
                 *(names, ceilings, config, shapes, options.recompute, options.quick),
-                *(show, watch),
+                *(show, follower),
                 begin=team.begin if team else None,
                 world=team.world if team else ALONE,
             )
@@ -245,9 +245,9 @@ def _bench(
         if not results:
             raise
         interrupted = True
-        verdict = f"STOPPED by Ctrl-C after {len(tables)} of {watch.total} pieces of work"
+        verdict = f"STOPPED by Ctrl-C after {len(tables)} of {follower.total} pieces of work"
     finally:
-        watch.close()
+        follower.close()
     ceilings = ceilings.best(measure_ceilings(threads))  # other programs may have come or gone
     for distance in ceilings.distances[-1:]:
         print(f"at the end {distance_text(distance)}\n")

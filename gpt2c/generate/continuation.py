@@ -57,7 +57,7 @@ class Text:
     ends : token ids that end it
     slot : its place in the decoder
     number : its index in the call; seed and number together determine the random numbers
-    watch : called with each new token; if it returns True, the text ends
+    should_end : called with each new token; if it returns True, the text ends
     look : called with each new token and the logits (V,) that it was chosen from
     unused : ids of the model that have no token, such as padding: they are never chosen, and their
         probability is 0
@@ -66,7 +66,7 @@ class Text:
     ----------
     tokens : prompt and new token ids
     count : the number of new tokens
-    ended : why it ended: "end" (an id of `ends`, or `watch` returned True) or "length" (it has
+    ended : why it ended: "end" (an id of `ends`, or `should_end` returned True) or "length" (it has
         max_new_tokens, or the context is full); None before its end
     logprob : log-probability of the newest token in nats, if settings.logprobs
     position : the number of tokens in the decoder's slot
@@ -79,7 +79,7 @@ class Text:
         ends: Collection[int],
         slot: int,
         number: int = 0,
-        watch: ShouldEnd | None = None,
+        should_end: ShouldEnd | None = None,
         look: Look | None = None,
         unused: Sequence[int] = (),
     ) -> None:
@@ -91,7 +91,7 @@ class Text:
         self.slot = slot
         self._settings = settings
         self._ends = ends
-        self._watch = watch
+        self._should_end = should_end
         self._look = look
         self._unused = unused
         seed = None if settings.seed is None else (settings.seed, number)
@@ -115,7 +115,7 @@ class Text:
             self._look(token, logits)
         self.tokens.append(token)
         self.count += 1
-        if (self._watch is not None and self._watch(token)) or token in self._ends:
+        if (self._should_end is not None and self._should_end(token)) or token in self._ends:
             self.ended = "end"
         elif self.count == settings.max_new_tokens:
             self.ended = "length"
@@ -188,7 +188,7 @@ def stream(
     prompts: Sequence[Sequence[int]],
     settings: GenerationConfig,
     ends: Collection[int],
-    watches: Sequence[ShouldEnd] | None = None,
+    should_end: Sequence[ShouldEnd] | None = None,
     look: Look | None = None,
     unused: Sequence[int] = (),
 ) -> Iterator[Streamed]:
@@ -202,7 +202,7 @@ def stream(
     decoder : with a slot for each text
     prompts : token ids, at least one each
     settings, ends, look, unused : see `Text`
-    watches : one for each text, in the order of the rows
+    should_end : one for each text, in the order of the rows
 
     Returns
     -------
@@ -211,7 +211,16 @@ def stream(
     """
     copies = settings.num_return_sequences
     texts = [
-        Text(prompt, settings, ends, slot, slot, watches[slot] if watches else None, look, unused)
+        Text(
+            prompt,
+            settings,
+            ends,
+            slot,
+            slot,
+            should_end[slot] if should_end else None,
+            look,
+            unused,
+        )
         for slot, prompt in enumerate(prompt for prompt in prompts for _ in range(copies))
     ]
     if settings.max_new_tokens == 0:
@@ -234,14 +243,14 @@ def continue_prompts(
     model: LanguageModel,
     prompts: list[list[int]],
     config: GenerationConfig,
-    watches: Sequence[ShouldEnd] | None = None,
+    should_end: Sequence[ShouldEnd] | None = None,
     look: Look | None = None,
     unused: Sequence[int] = (),
 ) -> Iterator[Streamed]:
-    """Continue prompts with a model; for `watches`, `look` and `unused` see `stream`."""
+    """Continue prompts with a model; for `should_end`, `look` and `unused` see `stream`."""
     ends = config.ends(model.config.vocab_size)
     longest = max(len(prompt) for prompt in prompts) + config.max_new_tokens
     capacity = min(longest, model.config.n_positions)
     count = len(prompts) * config.num_return_sequences
     decoder = model.decoder(count, capacity, config.cache)
-    return stream(decoder, prompts, config, ends, watches, look, unused)
+    return stream(decoder, prompts, config, ends, should_end, look, unused)

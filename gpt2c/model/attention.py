@@ -73,39 +73,39 @@ class Attention:
         """Count the multiply-adds: a query sees T/2 keys on average, for q k^T and for p v."""
         return self.qkv.flops(T) + self.proj.flops(T) + self.proj.C * T
 
-    def forward(self, run: Pass, out: Array, x: Array) -> None:
+    def forward(self, ctx: Pass, out: Array, x: Array) -> None:
         """Write out (N, C) of x (N, C)."""
-        qkv, att = run.a[self._qkv], run.a[self._att]
-        straight = run.floats(self._qkv) if self._rope else qkv  # q and k are rounded when turned
-        self.qkv.forward(run, straight, x)
+        qkv, att = ctx.a[self._qkv], ctx.a[self._att]
+        straight = ctx.floats(self._qkv) if self._rope else qkv  # q and k are rounded when turned
+        self.qkv.forward(ctx, straight, x)
         if self._rope:
-            self._rope.forward(run, qkv, straight, self.NH + self.KV)
-        run.ops.attention_forward(
-            *(run.rows(att), run.a[self._lse], *run.caches.get(self.name, NO_CACHE)),
-            *(run.rows(qkv), run.offsets, run.position),
-            *(*run.dropout.at(self.name), run.precision),
+            self._rope.forward(ctx, qkv, straight, self.NH + self.KV)
+        ctx.ops.attention_forward(
+            *(ctx.rows(att), ctx.a[self._lse], *ctx.caches.get(self.name, NO_CACHE)),
+            *(ctx.rows(qkv), ctx.offsets, ctx.position),
+            *(*ctx.dropout.at(self.name), ctx.precision),
         )
-        self.proj.forward(run, out, att)
+        self.proj.forward(ctx, out, att)
 
-    def stages(self, run: Pass, out: Array, x: Array) -> Iterable[Stage]:
+    def stages(self, ctx: Pass, out: Array, x: Array) -> Iterable[Stage]:
         """Yield the stages that add to out (N, C) what `forward` makes of x (N, C)."""
-        qkv, att = run.a[self._qkv], run.a[self._att]
-        cache = run.caches[self.name]._asdict()
+        qkv, att = ctx.a[self._qkv], ctx.a[self._att]
+        cache = ctx.caches[self.name]._asdict()
         cos, sin = self._rope.tables(cache["keys"].shape[-2]) if self._rope else (None, None)
-        yield from self.qkv.stages(run, qkv, x)
+        yield from self.qkv.stages(ctx, qkv, x)
         yield Stage("attention", att, qkv, **cache, cos=cos, sin=sin, NH=self.NH)
-        yield from self.proj.stages(run, out, att, "add")
+        yield from self.proj.stages(ctx, out, att, "add")
 
-    def backward(self, run: Pass, d_x: Array | None, d_out: Array, x: Array) -> None:
+    def backward(self, ctx: Pass, d_x: Array | None, d_out: Array, x: Array) -> None:
         """Write d_x (N, C), which may be x, and the gradients of both layers."""
-        qkv, att, lse = run.a[self._qkv], run.a[self._att], run.a[self._lse]
-        d_att = run.a[self._d_att]  # the op below reads att beside its gradient
-        self.proj.backward(run, d_att, d_out, att)
-        d_qkv = run.take(self._qkv)
-        run.ops.attention_backward(
-            *(run.rows(d_qkv), run.rows(d_att), run.rows(qkv), run.rows(att), lse, run.offsets),
-            *(*run.dropout.at(self.name), run.precision),
+        qkv, att, lse = ctx.a[self._qkv], ctx.a[self._att], ctx.a[self._lse]
+        d_att = ctx.a[self._d_att]  # the op below reads att beside its gradient
+        self.proj.backward(ctx, d_att, d_out, att)
+        d_qkv = ctx.take(self._qkv)
+        ctx.ops.attention_backward(
+            *(ctx.rows(d_qkv), ctx.rows(d_att), ctx.rows(qkv), ctx.rows(att), lse, ctx.offsets),
+            *(*ctx.dropout.at(self.name), ctx.precision),
         )
         if self._rope:
-            self._rope.backward(run, d_qkv, self.NH + self.KV)
-        self.qkv.backward(run, d_x, d_qkv, x)
+            self._rope.backward(ctx, d_qkv, self.NH + self.KV)
+        self.qkv.backward(ctx, d_x, d_qkv, x)

@@ -4,9 +4,9 @@ A block is a small class. It has, side by side in one file:
 
     parameters()            the arrays that it learns: name, shape, first values
     slots(batch)            the arrays that it writes, and how long each must live
-    forward(run, out, x)    out (N, OC) of x (N, C), as a sequence of ops
-    backward(run, d_x, d_out, x)    the same lines upwards, written by hand
-    stages(run, out, x)             the same for the newest token of several texts, see `Stage`
+    forward(ctx, out, x)    out (N, OC) of x (N, C), as a sequence of ops
+    backward(ctx, d_x, d_out, x)    the same lines upwards, written by hand
+    stages(ctx, out, x)             the same for the newest token of several texts, see `Stage`
     flops(T)                the multiply-adds of a token among T
 
 No tape records what forward did: the order of the ops stands on the page, twice. A block knows its
@@ -260,6 +260,8 @@ def check_dropout(dropout: Dropout | None, N: int) -> Dropout:
 
 class Pass:
     """A batch on its way through the blocks: all that a block is handed; it owns nothing.
+
+    Parameters have the name `ctx`, as in PyTorch's autograd.Function.
 
     Attributes
     ----------

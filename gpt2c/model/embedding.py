@@ -41,28 +41,28 @@ class Embedding:
         """Count no multiply-adds: rows are looked up."""
         return 0.0
 
-    def forward(self, run: Pass, idx: IntArray) -> Array:
+    def forward(self, ctx: Pass, idx: IntArray) -> Array:
         """Return the embeddings (N, C) of idx (B, T)."""
-        out, p = run.a["encoded"], run.p
-        run.ops.encoder_forward(
-            *(run.rows(out), idx, p["wte.weight"], p.get("wpe.weight"), p.get("wte.scale")),
-            *(run.offsets, run.position),
+        out, p = ctx.a["encoded"], ctx.p
+        ctx.ops.encoder_forward(
+            *(ctx.rows(out), idx, p["wte.weight"], p.get("wpe.weight"), p.get("wte.scale")),
+            *(ctx.offsets, ctx.position),
         )
-        return run.drop(out, out, "encoded")
+        return ctx.drop(out, out, "encoded")
 
-    def stages(self, run: Pass, out: Array) -> Iterable[Stage]:
+    def stages(self, ctx: Pass, out: Array) -> Iterable[Stage]:
         """Yield the stage that does `forward`."""
-        wte, scale, wpe = (run.p.get(name) for name in ("wte.weight", "wte.scale", "wpe.weight"))
+        wte, scale, wpe = (ctx.p.get(name) for name in ("wte.weight", "wte.scale", "wpe.weight"))
         yield Stage("encoder", out, weight=wte, scale=scale, wpe=wpe)
 
-    def backward(self, run: Pass, d_out: Array, idx: IntArray) -> None:
+    def backward(self, ctx: Pass, d_out: Array, idx: IntArray) -> None:
         """Add to the gradients of both tables; a tied wte's has what the head wrote.
 
         With dropout, d_out (N, C) becomes the gradient of the sum before it.
         """
-        run.drop(d_out, d_out, "encoded")
-        d_wte, d_wpe = run.g.get("wte.weight"), run.g.get("wpe.weight")
+        ctx.drop(d_out, d_out, "encoded")
+        d_wte, d_wpe = ctx.g.get("wte.weight"), ctx.g.get("wpe.weight")
         for table in (d_wpe, None if self._tied else d_wte):
-            if table is not None and not run.accumulate:
+            if table is not None and not ctx.accumulate:
                 table.fill(0.0)
-        run.ops.encoder_backward(d_wte, d_wpe, run.rows(d_out), idx, run.offsets)
+        ctx.ops.encoder_backward(d_wte, d_wpe, ctx.rows(d_out), idx, ctx.offsets)

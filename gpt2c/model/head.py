@@ -62,44 +62,44 @@ class Head:
         """Count the multiply-adds of a token."""
         return self.V * self.C
 
-    def forward(self, run: Pass, out: Array, x: Array) -> None:
+    def forward(self, ctx: Pass, out: Array, x: Array) -> None:
         """Write logits (N, V) of x (N, C)."""
-        weight, scale = run.p[self.weight], run.p.get(self.scale)
-        run.ops.matmul_forward(out, x, weight, None, scale, run.precision)
+        weight, scale = ctx.p[self.weight], ctx.p.get(self.scale)
+        ctx.ops.matmul_forward(out, x, weight, None, scale, ctx.precision)
 
-    def stages(self, run: Pass, out: Array, x: Array) -> Iterable[Stage]:
+    def stages(self, ctx: Pass, out: Array, x: Array) -> Iterable[Stage]:
         """Yield the stage that does `forward`."""
-        yield Stage("matmul", out, x, weight=run.p[self.weight], scale=run.p.get(self.scale))
+        yield Stage("matmul", out, x, weight=ctx.p[self.weight], scale=ctx.p.get(self.scale))
 
-    def losses(self, run: Pass, x: Array, objective: Objective) -> Array:
+    def losses(self, ctx: Pass, x: Array, objective: Objective) -> Array:
         """Return the losses (N,) of x (N, C)."""
-        losses, live = run.a["losses"], live_rows(objective)
-        for block, rows in self._blocks(run, len(x), live):
-            objective.losses(run.ops, losses[block], self._logits(run, x[rows]), rows)
+        losses, live = ctx.a["losses"], live_rows(objective)
+        for block, rows in self._blocks(ctx, len(x), live):
+            objective.losses(ctx.ops, losses[block], self._logits(ctx, x[rows]), rows)
         if live is not None:
             scatter(losses, live)
         return losses
 
     def learn(
-        self, run: Pass, d_weight: Array | None, x: Array, objective: Objective, scale: float
+        self, ctx: Pass, d_weight: Array | None, x: Array, objective: Objective, scale: float
     ) -> Array:
         """Return `losses`, and turn x into its gradient, that of scale * sum(losses).
 
         Parameters
         ----------
-        d_weight : (V, C), written; added to if run.accumulate; None if the head is frozen
+        d_weight : (V, C), written; added to if ctx.accumulate; None if the head is frozen
         x : (N, C), becomes its own gradient
         """
-        ops, accumulate = run.ops, run.accumulate
-        weight, w_scale = run.p[self.weight], run.p.get(self.scale)
-        losses, live = run.a["losses"], live_rows(objective)
-        for block, rows in self._blocks(run, len(x), live):
+        ops, accumulate = ctx.ops, ctx.accumulate
+        weight, w_scale = ctx.p[self.weight], ctx.p.get(self.scale)
+        losses, live = ctx.a["losses"], live_rows(objective)
+        for block, rows in self._blocks(ctx, len(x), live):
             part = x[rows]  # a view of a slice, a copy of scattered rows
-            logits = self._logits(run, part)
+            logits = self._logits(ctx, part)
             objective.learn(ops, losses[block], logits, rows, scale)
             ops.matmul_backward(
                 *(part, d_weight, None, logits, part, weight, w_scale),
-                *(accumulate, run.precision),
+                *(accumulate, ctx.precision),
             )
             if live is not None:
                 x[rows] = part
@@ -113,29 +113,29 @@ class Head:
 
     def backward(
         self,
-        run: Pass,
+        ctx: Pass,
         d_weight: Array | None,
         x: Array,
         d_logits: Array,
         rows: NDArray[np.intp],
     ) -> None:
         """Turn x (N, C) into its gradient, from that of the logits (n, V) of n of its rows."""
-        part, weight, scale = x[rows], run.p[self.weight], run.p.get(self.scale)
-        run.ops.matmul_backward(
+        part, weight, scale = x[rows], ctx.p[self.weight], ctx.p.get(self.scale)
+        ctx.ops.matmul_backward(
             *(part, d_weight, None, d_logits, part, weight, scale),
-            *(run.accumulate, run.precision),
+            *(ctx.accumulate, ctx.precision),
         )
         x.fill(0.0)
         x[rows] = part
 
-    def _logits(self, run: Pass, x: Array) -> Array:
+    def _logits(self, ctx: Pass, x: Array) -> Array:
         """Return the logits of a block of rows; they are void at the next."""
-        logits = run.a["logits"][: len(x)]
-        self.forward(run, logits, x)
+        logits = ctx.a["logits"][: len(x)]
+        self.forward(ctx, logits, x)
         return logits
 
     def _blocks(
-        self, run: Pass, N: int, live: NDArray[np.intp] | None
+        self, ctx: Pass, N: int, live: NDArray[np.intp] | None
     ) -> Iterator[tuple[slice, Rows]]:
         """Divide N rows, or those of `live`, into blocks of nearly one size that fit the memory.
 
@@ -143,7 +143,7 @@ class Head:
         """
         count = N if live is None else live.size
         if count:
-            size = -(-count // -(-count // len(run.a["logits"])))
+            size = -(-count // -(-count // len(ctx.a["logits"])))
             for start in range(0, count, size):
                 block = slice(start, min(start + size, count))
                 yield block, block if live is None else live[block]

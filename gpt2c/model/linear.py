@@ -59,36 +59,36 @@ class Linear:
         """Count the multiply-adds of a token."""
         return self.OC * self.C + (self.adapter.flops() if self.adapter else 0)
 
-    def forward(self, run: Pass, out: Array, x: Array) -> None:
+    def forward(self, ctx: Pass, out: Array, x: Array) -> None:
         """Write out (N, OC) of x (N, C)."""
-        p = run.p
-        run.ops.matmul_forward(
-            out, x, p[self.weight], p.get(self.bias), p.get(self.scale), run.precision
+        p = ctx.p
+        ctx.ops.matmul_forward(
+            out, x, p[self.weight], p.get(self.bias), p.get(self.scale), ctx.precision
         )
         if self.adapter:
-            self.adapter.forward(run, out, x)
+            self.adapter.forward(ctx, out, x)
 
     def stages(
-        self, run: Pass, out: Array, x: Array, then: str = "write", inner: Array | None = None
+        self, ctx: Pass, out: Array, x: Array, then: str = "write", inner: Array | None = None
     ) -> Iterable[Stage]:
         """Yield the stage that does `forward` and `then`, see `Stage`."""
-        weight, scale, bias = run.p[self.weight], run.p.get(self.scale), run.p.get(self.bias)
-        adapter = self.adapter.stage(run) if self.adapter else {}
+        weight, scale, bias = ctx.p[self.weight], ctx.p.get(self.scale), ctx.p.get(self.bias)
+        adapter = self.adapter.stage(ctx) if self.adapter else {}
         yield Stage("matmul", out, x, then, inner, weight=weight, scale=scale, bias=bias, **adapter)
 
-    def backward(self, run: Pass, d_x: Array | None, d_out: Array, x: Array) -> None:
+    def backward(self, ctx: Pass, d_x: Array | None, d_out: Array, x: Array) -> None:
         """Write d_x (N, C), which may be x, and the gradients of the parameters.
 
         What is None or frozen is not computed.
         """
-        g, weight, scale = run.g, run.p[self.weight], run.p.get(self.scale)
+        g, weight, scale = ctx.g, ctx.p[self.weight], ctx.p.get(self.scale)
         d_weight, d_bias = g.get(self.weight), g.get(self.bias)
-        given = (d_out, x, weight, scale, run.accumulate, run.precision)
+        given = (d_out, x, weight, scale, ctx.accumulate, ctx.precision)
         if not self.adapter:
-            run.ops.matmul_backward(d_x, d_weight, d_bias, *given)
+            ctx.ops.matmul_backward(d_x, d_weight, d_bias, *given)
             return
         if d_weight is not None or d_bias is not None:
-            run.ops.matmul_backward(None, d_weight, d_bias, *given)
-        self.adapter.backward(run, d_x, d_out, x)  # x is read before d_x takes its memory
+            ctx.ops.matmul_backward(None, d_weight, d_bias, *given)
+        self.adapter.backward(ctx, d_x, d_out, x)  # x is read before d_x takes its memory
         if d_x is not None:
-            run.ops.matmul_backward(d_x, None, None, *given, True)
+            ctx.ops.matmul_backward(d_x, None, None, *given, True)

@@ -131,24 +131,24 @@ class Adapter:
         """Count the multiply-adds of a token."""
         return self.R * (self.C + self.OC)
 
-    def forward(self, run: Pass, out: Array, x: Array) -> None:
+    def forward(self, ctx: Pass, out: Array, x: Array) -> None:
         """Add s (x A^T) B^T to out (N, OC)."""
-        p, low = run.p, run.a[self._low]
-        run.ops.lora_forward(out, low, out, x, p[self.down], p[self.up], self.scale)
+        p, low = ctx.p, ctx.a[self._low]
+        ctx.ops.lora_forward(out, low, out, x, p[self.down], p[self.up], self.scale)
 
-    def stage(self, run: Pass) -> dict[str, Any]:
+    def stage(self, ctx: Pass) -> dict[str, Any]:
         """Return the fields of the layer's `Stage` that do `forward`."""
         return {
-            "down": run.p[self.down],
-            "up": run.p[self.up],
-            "low": run.a[self._low],
+            "down": ctx.p[self.down],
+            "up": ctx.p[self.up],
+            "low": ctx.a[self._low],
             "factor": self.scale,
         }
 
-    def backward(self, run: Pass, d_x: Array | None, d_out: Array, x: Array) -> None:
+    def backward(self, ctx: Pass, d_x: Array | None, d_out: Array, x: Array) -> None:
         """Write d_x (N, C), the adapter's part, which may be x, and the gradients of A and B."""
-        p, g = run.p, run.g
-        run.ops.lora_backward(
-            *(d_x, g.get(self.down), g.get(self.up), d_out, x, run.a[self._low]),
-            *(p[self.down], p[self.up], self.scale, run.accumulate),
+        p, g = ctx.p, ctx.g
+        ctx.ops.lora_backward(
+            *(d_x, g.get(self.down), g.get(self.up), d_out, x, ctx.a[self._low]),
+            *(p[self.down], p[self.up], self.scale, ctx.accumulate),
         )

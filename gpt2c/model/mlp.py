@@ -57,36 +57,36 @@ class MLP:
         """Count the multiply-adds of both layers."""
         return self.fc.flops(T) + self.proj.flops(T)
 
-    def activate(self, run: Pass) -> None:
+    def activate(self, ctx: Pass) -> None:
         """Write the inner channels after GELU from those before it."""
-        run.ops.gelu_forward(run.a[self._act], run.a[self._fc])
+        ctx.ops.gelu_forward(ctx.a[self._act], ctx.a[self._fc])
 
-    def hidden(self, run: Pass, x: Array) -> Array:
+    def hidden(self, ctx: Pass, x: Array) -> Array:
         """Return the inner channels (N, F) of x (N, C): all of forward that backward needs."""
-        self.fc.forward(run, run.a[self._fc], x)
-        self.activate(run)
-        return run.a[self._act]
+        self.fc.forward(ctx, ctx.a[self._fc], x)
+        self.activate(ctx)
+        return ctx.a[self._act]
 
-    def forward(self, run: Pass, out: Array, x: Array) -> None:
+    def forward(self, ctx: Pass, out: Array, x: Array) -> None:
         """Write out (N, C) of x (N, C)."""
-        self.proj.forward(run, out, self.hidden(run, x))
+        self.proj.forward(ctx, out, self.hidden(ctx, x))
 
-    def stages(self, run: Pass, out: Array, x: Array) -> Iterable[Stage]:
+    def stages(self, ctx: Pass, out: Array, x: Array) -> Iterable[Stage]:
         """Yield the stages that add to out (N, C) what `forward` makes of x (N, C)."""
-        fc, act = run.a[self._fc], run.a[self._act]
-        yield from self.fc.stages(run, act, x, self._activation, fc)
-        yield from self.proj.stages(run, out, act, "add")
+        fc, act = ctx.a[self._fc], ctx.a[self._act]
+        yield from self.fc.stages(ctx, act, x, self._activation, fc)
+        yield from self.proj.stages(ctx, out, act, "add")
 
-    def backward(self, run: Pass, d_x: Array | None, d_out: Array, x: Array) -> None:
+    def backward(self, ctx: Pass, d_x: Array | None, d_out: Array, x: Array) -> None:
         """Write d_x (N, C), which may be x, and the gradients of both layers."""
-        d_act = run.take(self._act)
-        self.proj.backward(run, d_act, d_out, run.a[self._act])
-        d_fc = self.activate_backward(run, d_act)
-        self.fc.backward(run, d_x, d_fc, x)
+        d_act = ctx.take(self._act)
+        self.proj.backward(ctx, d_act, d_out, ctx.a[self._act])
+        d_fc = self.activate_backward(ctx, d_act)
+        self.fc.backward(ctx, d_x, d_fc, x)
 
-    def activate_backward(self, run: Pass, d_act: Array) -> Array:
+    def activate_backward(self, ctx: Pass, d_act: Array) -> Array:
         """Return the gradient of the inner channels before GELU, in the memory of d_act."""
-        run.ops.gelu_backward(d_act, d_act, run.a[self._fc])
+        ctx.ops.gelu_backward(d_act, d_act, ctx.a[self._fc])
         return d_act
 
 
@@ -107,12 +107,12 @@ class SwiGLU(MLP):
         yield Slot(self._act, (batch.N, self.proj.C), Life.CHEAPEST, factor=True, taken=True)
         yield from self._low(batch)
 
-    def activate(self, run: Pass) -> None:
+    def activate(self, ctx: Pass) -> None:
         """Write silu(gate) * up."""
-        run.ops.swiglu_forward(run.a[self._act], run.a[self._fc])
+        ctx.ops.swiglu_forward(ctx.a[self._act], ctx.a[self._fc])
 
-    def activate_backward(self, run: Pass, d_act: Array) -> Array:
+    def activate_backward(self, ctx: Pass, d_act: Array) -> Array:
         """Return the gradient of gate and up, in their own memory."""
-        d_fc = run.take(self._fc)
-        run.ops.swiglu_backward(d_fc, d_act, run.a[self._fc])
+        d_fc = ctx.take(self._fc)
+        ctx.ops.swiglu_backward(d_fc, d_act, ctx.a[self._fc])
         return d_fc

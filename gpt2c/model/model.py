@@ -65,7 +65,7 @@ class _Pending(NamedTuple):
     rows : the tokens that `scores` has read
     """
 
-    run: Pass
+    ctx: Pass
     tokens: IntArray
     shapes: Sequence[tuple[int, ...]] = ()
     targets: IntArray | None = None
@@ -158,11 +158,11 @@ class Model(ModelWeights):
             return
         with self._owner.alone():
             batch = Tokens(tokens)
-            run = self._start(batch, keep=False)
-            out = self._stack.forward(run, tokens, states)
+            ctx = self._start(batch, keep=False)
+            out = self._stack.forward(ctx, tokens, states)
             if self.config.num_labels is not None:
                 out = out[batch.last]
-            self._stack.head.forward(run, logits.reshape(len(out), -1), out)
+            self._stack.head.forward(ctx, logits.reshape(len(out), -1), out)
 
     def trace(self, idx: ArrayLike) -> Trace:
         """Return the channels that a forward pass writes, by name: for a look inside the model.
@@ -188,9 +188,9 @@ class Model(ModelWeights):
         batch = Batch(*tokens.shape)
         with self._owner.alone():
             a = Activations(self._stack.slots, None).lay_out(batch, keep=True)
-            run = Pass(self.backend, self._parameters, a, batch, precision=self.precision)
-            self._stack.forward(run, tokens)
-        return Trace(self._stack, run)
+            ctx = Pass(self.backend, self._parameters, a, batch, precision=self.precision)
+            self._stack.forward(ctx, tokens)
+        return Trace(self._stack, ctx)
 
     def loss(
         self,
@@ -242,16 +242,16 @@ class Model(ModelWeights):
         head, keep = self._stack.head, keep and bool(self.trained)
         dropout = check_dropout(dropout, tokens.ids.size)
         with self._owner.alone():
-            run = self._start(tokens, keep, dropout)
-            x = self._stack.forward(run, tokens.ids)
+            ctx = self._start(tokens, keep, dropout)
+            x = self._stack.forward(ctx, tokens.ids)
             if keep:
                 self._d_head = self._head_memory()
-                run.accumulate = False
-                losses = head.learn(run, self._d_head, x, objective, 1 / count)
+                ctx.accumulate = False
+                losses = head.learn(ctx, self._d_head, x, objective, 1 / count)
             else:
-                losses = head.losses(run, x, objective)
+                losses = head.losses(ctx, x, objective)
             self._owner.note_loss()
-            self._pending = _Pending(run, tokens.ids) if keep else None
+            self._pending = _Pending(ctx, tokens.ids) if keep else None
             return float(losses.sum(dtype=np.float64) / count)
 
     def losses(
@@ -291,11 +291,11 @@ class Model(ModelWeights):
         wanted = check_targets(self.config, targets, tokens)
         keep, dropout = keep and bool(self.trained), check_dropout(dropout, tokens.ids.size)
         with self._owner.alone():
-            run = self._start(tokens, keep, dropout)
-            x = self._stack.forward(run, tokens.ids)
-            losses = self._stack.head.losses(run, x, CrossEntropy(wanted)).copy()
+            ctx = self._start(tokens, keep, dropout)
+            x = self._stack.forward(ctx, tokens.ids)
+            losses = self._stack.head.losses(ctx, x, CrossEntropy(wanted)).copy()
             self._owner.note_loss()
-            self._pending = _Pending(run, tokens.ids, tokens.shapes, wanted) if keep else None
+            self._pending = _Pending(ctx, tokens.ids, tokens.shapes, wanted) if keep else None
         if tokens.offsets is None:
             return losses.reshape(tokens.ids.shape)
         return np.split(losses, tokens.offsets[1:-1])
@@ -326,8 +326,8 @@ class Model(ModelWeights):
         size = {"states": 4 * tokens.ids.size * self.config.n_embd}
         require("the last states", size, "take fewer or shorter rows")
         with self._owner.alone():
-            run = self._start(tokens, keep=False)
-            return self._stack.forward(run, tokens.ids).copy()
+            ctx = self._start(tokens, keep=False)
+            return self._stack.forward(ctx, tokens.ids).copy()
 
     def logits(self, hidden: Array) -> Array:
         """Return the logits (n, V) of rows (n, C) of `hidden`, of a model with num_labels scores.
@@ -351,8 +351,8 @@ class Model(ModelWeights):
         require("the logits", {"logits": 4 * len(hidden) * head.V}, "take fewer rows")
         out = np.empty((len(hidden), head.V), np.float32)
         batch = Batch(1, len(hidden))
-        run = Pass(self.backend, self._parameters, {}, batch, precision=self.precision)
-        head.forward(run, out, np.ascontiguousarray(hidden))
+        ctx = Pass(self.backend, self._parameters, {}, batch, precision=self.precision)
+        head.forward(ctx, out, np.ascontiguousarray(hidden))
         return out
 
     @overload
@@ -426,12 +426,12 @@ class Model(ModelWeights):
         require(what, {"scores": 4 * len(rows) * K}, mend)
         keep, dropout = keep and bool(self.trained), check_dropout(dropout, tokens.ids.size)
         with self._owner.alone():
-            run = self._start(tokens, keep, dropout)
-            x = self._stack.forward(run, tokens.ids)
+            ctx = self._start(tokens, keep, dropout)
+            x = self._stack.forward(ctx, tokens.ids)
             scores = np.empty((len(rows), K), x.dtype)
-            self._stack.head.forward(run, scores, x[rows])
+            self._stack.head.forward(ctx, scores, x[rows])
             self._owner.note_loss()
-            self._pending = _Pending(run, tokens.ids, shapes, rows=rows) if keep else None
+            self._pending = _Pending(ctx, tokens.ids, shapes, rows=rows) if keep else None
         if len(shapes) == 1:
             return scores.reshape(shapes[0])
         return np.split(scores, last[:-1] + 1)
@@ -462,13 +462,13 @@ class Model(ModelWeights):
         self._pending = None  # its views go first, so that memory which must grow is let go
         batch = Batch(*tokens.ids.shape)
         a = self._memory.lay_out(batch, keep)
-        run = Pass(
+        ctx = Pass(
             *(self.backend, self._placed.own, a, batch, tokens.offsets),
             dropout=dropout,
             precision=self.precision,
         )
-        run.arrive = self._arrive
-        return run
+        ctx.arrive = self._arrive
+        return ctx
 
     def _head_memory(self) -> Array | None:
         """Return memory for the head's gradient: its own where that is void; None if frozen."""
@@ -597,33 +597,33 @@ class Model(ModelWeights):
             head = self._stack.head
             factors = pending.check_weights(weights)
             d_logits = pending.check_d_scores(d_scores, scale)
-            run, self._pending = pending.run, None
-            run.p = self._parameters  # whole, if a step has updated them since the loss
-            run.g, run.accumulate, run.final = self._grads.own, not self._void, final
+            ctx, self._pending = pending.ctx, None
+            ctx.p = self._parameters  # whole, if a step has updated them since the loss
+            ctx.g, ctx.accumulate, ctx.final = self._grads.own, not self._void, final
             self._void = False
-            d_out = run.a["ln_f"]  # the head turns its input into its gradient
-            d_weight = run.g.get(head.weight)
+            d_out = ctx.a["ln_f"]  # the head turns its input into its gradient
+            d_weight = ctx.g.get(head.weight)
             if pending.targets is not None:
-                head.learn(run, d_weight, d_out, CrossEntropy(pending.targets, factors), scale)
+                head.learn(ctx, d_weight, d_out, CrossEntropy(pending.targets, factors), scale)
             elif d_logits is not None and pending.rows is not None:
-                head.backward(run, d_weight, d_out, np.float32(scale) * d_logits, pending.rows)
+                head.backward(ctx, d_weight, d_out, np.float32(scale) * d_logits, pending.rows)
             else:
-                self._add_head(run, scale)
-            if not run.accumulate:  # ops add to those of norms
+                self._add_head(ctx, scale)
+            if not ctx.accumulate:  # ops add to those of norms
                 self._grads.flat[self.decay_size :].fill(0.0)
-            self._stack.backward(run, d_out, pending.tokens, self._memory.kept)
+            self._stack.backward(ctx, d_out, pending.tokens, self._memory.kept)
 
-    def _add_head(self, run: Pass, scale: float) -> None:
+    def _add_head(self, ctx: Pass, scale: float) -> None:
         """Bring in the gradients that `loss` has computed, of the head and its input."""
-        d_head, d_out = self._d_head, run.a["ln_f"]
+        d_head, d_out = self._d_head, ctx.a["ln_f"]
         if scale != 1.0:
             np.multiply(d_out, np.float32(scale), out=d_out)
         if d_head is None:
             return
-        own = run.g[self._stack.head.weight]
+        own = ctx.g[self._stack.head.weight]
         if scale != 1.0:
             np.multiply(d_head, np.float32(scale), out=d_head)
-        if run.accumulate:
+        if ctx.accumulate:
             self.backend.residual_forward(own, own, d_head)
         elif d_head is not own:
             np.copyto(own, d_head)

@@ -43,22 +43,22 @@ class LayerNorm:
         """Count no multiply-adds: there are no products of matrices."""
         return 0.0
 
-    def forward(self, run: Pass, out: Array, x: Array) -> None:
+    def forward(self, ctx: Pass, out: Array, x: Array) -> None:
         """Write out (N, C) of x (N, C), and the statistics."""
-        p, a = run.p, run.a
-        run.ops.layernorm_forward(
+        p, a = ctx.p, ctx.a
+        ctx.ops.layernorm_forward(
             out, a[self.mean], a[self.rstd], x, p[self.weight], p[self.bias], self._eps
         )
 
-    def stages(self, run: Pass, out: Array, x: Array) -> Iterable[Stage]:
+    def stages(self, ctx: Pass, out: Array, x: Array) -> Iterable[Stage]:
         """Yield the stage that does `forward`."""
-        gain, shift = run.p[self.weight], run.p[self.bias]
+        gain, shift = ctx.p[self.weight], ctx.p[self.bias]
         yield Stage("layernorm", out, x, gain=gain, shift=shift, eps=self._eps)
 
-    def backward(self, run: Pass, d_x: Array, d_out: Array, x: Array) -> None:
+    def backward(self, ctx: Pass, d_x: Array, d_out: Array, x: Array) -> None:
         """Add to d_x, the gradient of the stream: what came past the block stands there."""
-        p, g, a = run.p, run.g, run.a
-        run.ops.layernorm_backward(
+        p, g, a = ctx.p, ctx.g, ctx.a
+        ctx.ops.layernorm_backward(
             *(d_x, g.get(self.weight), g.get(self.bias), d_out, x, p[self.weight]),
             *(a[self.mean], a[self.rstd]),
         )
@@ -90,18 +90,18 @@ class RMSNorm:
         """Count no multiply-adds: there are no products of matrices."""
         return 0.0
 
-    def forward(self, run: Pass, out: Array, x: Array) -> None:
+    def forward(self, ctx: Pass, out: Array, x: Array) -> None:
         """Write out (N, C) of x (N, C), and the statistics."""
-        run.ops.rmsnorm_forward(out, run.a[self.rstd], x, run.p[self.weight], self._eps)
+        ctx.ops.rmsnorm_forward(out, ctx.a[self.rstd], x, ctx.p[self.weight], self._eps)
 
-    def stages(self, run: Pass, out: Array, x: Array) -> Iterable[Stage]:
+    def stages(self, ctx: Pass, out: Array, x: Array) -> Iterable[Stage]:
         """Yield the stage that does `forward`."""
-        yield Stage("rmsnorm", out, x, gain=run.p[self.weight], eps=self._eps)
+        yield Stage("rmsnorm", out, x, gain=ctx.p[self.weight], eps=self._eps)
 
-    def backward(self, run: Pass, d_x: Array, d_out: Array, x: Array) -> None:
+    def backward(self, ctx: Pass, d_x: Array, d_out: Array, x: Array) -> None:
         """Add to d_x, the gradient of the stream: what came past the block stands there."""
         weight = self.weight
-        run.ops.rmsnorm_backward(d_x, run.g.get(weight), d_out, x, run.p[weight], run.a[self.rstd])
+        ctx.ops.rmsnorm_backward(d_x, ctx.g.get(weight), d_out, x, ctx.p[weight], ctx.a[self.rstd])
 
 
 Norm = LayerNorm | RMSNorm

@@ -172,8 +172,8 @@ class Decoder:
         """Return the stages of a step, in memory of their own, as kernels take them."""
         batch = Batch(self.slots, 1)
         a = Activations(self._stack.slots, None).lay_out(batch, keep=False)
-        run = Pass(self._backend, self._parameters, a, batch, caches=self._caches(slice(None)))
-        return self._backend.bind_step(self._stack.stages(run, self._logits))
+        ctx = Pass(self._backend, self._parameters, a, batch, caches=self._caches(slice(None)))
+        return self._backend.bind_step(self._stack.stages(ctx, self._logits))
 
     def read(self, tokens: NDArray[np.int32], slot: int, position: int) -> Array:
         """Read T more tokens of one text; return the logits (V,) of the next token.
@@ -230,8 +230,8 @@ class Decoder:
         for start in range(0, len(tokens), CHUNK):
             part = slice(start, start + CHUNK)
             ids = tokens[part][None]
-            run = self._start(ids.size, slot, position + start)
-            yield self._stack.forward(run, ids, None if states is None else states[:, None, part])
+            ctx = self._start(ids.size, slot, position + start)
+            yield self._stack.forward(ctx, ids, None if states is None else states[:, None, part])
 
     def logits(self, out: Array, rows: Array) -> None:
         """Write the logits (N, V) of rows (N, C), which `hidden` yields, to `out`.
@@ -250,10 +250,10 @@ class Decoder:
         if not (out.flags.carray and rows.flags.c_contiguous and rows.flags.aligned):
             raise ValueError("out and rows must be C-contiguous and aligned, and out writeable")
         batch = Batch(1, len(rows))
-        run = Pass(
+        ctx = Pass(
             *(self._backend, self._parameters, {}, batch), precision=self._precision_of(len(rows))
         )
-        self._stack.head.forward(run, out, rows)
+        self._stack.head.forward(ctx, out, rows)
 
     def losses(
         self,

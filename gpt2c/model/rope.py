@@ -56,15 +56,15 @@ class Rope:
             self._tables = tables
         return tables
 
-    def forward(self, run: Pass, out: Array, qkv: Array, heads: int) -> None:
+    def forward(self, ctx: Pass, out: Array, qkv: Array, heads: int) -> None:
         """Turn the first `heads` heads, those of q and k, of each row of qkv (N, W).
 
         Write out (N, W), which may be qkv.
         """
-        rows, tables = run.rows(qkv), self.tables(run.position + run.batch.T)
-        run.ops.rope_forward(run.rows(out), rows, *tables, run.offsets, heads, run.position)
+        rows, tables = ctx.rows(qkv), self.tables(ctx.position + ctx.batch.T)
+        ctx.ops.rope_forward(ctx.rows(out), rows, *tables, ctx.offsets, heads, ctx.position)
 
-    def backward(self, run: Pass, d_qkv: Array, heads: int) -> None:
+    def backward(self, ctx: Pass, d_qkv: Array, heads: int) -> None:
         """Turn their gradients back, in place."""
-        rows, tables = run.rows(d_qkv), self.tables(run.position + run.batch.T)
-        run.ops.rope_backward(rows, rows, *tables, run.offsets, heads, run.position)
+        rows, tables = ctx.rows(d_qkv), self.tables(ctx.position + ctx.batch.T)
+        ctx.ops.rope_backward(rows, rows, *tables, ctx.offsets, heads, ctx.position)

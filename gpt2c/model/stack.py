@@ -55,47 +55,47 @@ class Layer:
         yield Slot("branch", shape, Life.SCRATCH)
         yield from chain.from_iterable(block.slots(batch) for block in self.blocks)
 
-    def forward(self, run: Pass, x: Array) -> Array:
+    def forward(self, ctx: Pass, x: Array) -> Array:
         """Return out (N, C) of x (N, C)."""
-        a, branch = run.a, run.a["branch"]
+        a, branch = ctx.a, ctx.a["branch"]
         middle, out = a[self._middle], a[self.out]
-        self.norm_1.forward(run, a[self._ln_1], x)
-        self.attention.forward(run, branch, a[self._ln_1])
-        self._add(run, self._middle, x)
-        self.norm_2.forward(run, a[self._ln_2], middle)
-        self.mlp.forward(run, branch, a[self._ln_2])
-        self._add(run, self.out, middle)
+        self.norm_1.forward(ctx, a[self._ln_1], x)
+        self.attention.forward(ctx, branch, a[self._ln_1])
+        self._add(ctx, self._middle, x)
+        self.norm_2.forward(ctx, a[self._ln_2], middle)
+        self.mlp.forward(ctx, branch, a[self._ln_2])
+        self._add(ctx, self.out, middle)
         return out
 
-    def _add(self, run: Pass, name: str, x: Array) -> None:
+    def _add(self, ctx: Pass, name: str, x: Array) -> None:
         """Write the stream (N, C) behind the branch: x plus the branch, with dropout."""
-        branch = run.a["branch"]
-        run.ops.residual_forward(run.a[name], x, run.drop(branch, branch, name))
+        branch = ctx.a["branch"]
+        ctx.ops.residual_forward(ctx.a[name], x, ctx.drop(branch, branch, name))
 
-    def stages(self, run: Pass, stream: Array) -> Iterable[Stage]:
+    def stages(self, ctx: Pass, stream: Array) -> Iterable[Stage]:
         """Yield the stages that do `forward` on the stream (N, C) in place."""
-        ln_1, ln_2 = run.a[self._ln_1], run.a[self._ln_2]
-        yield from self.norm_1.stages(run, ln_1, stream)
-        yield from self.attention.stages(run, stream, ln_1)
-        yield from self.norm_2.stages(run, ln_2, stream)
-        yield from self.mlp.stages(run, stream, ln_2)
+        ln_1, ln_2 = ctx.a[self._ln_1], ctx.a[self._ln_2]
+        yield from self.norm_1.stages(ctx, ln_1, stream)
+        yield from self.attention.stages(ctx, stream, ln_1)
+        yield from self.norm_2.stages(ctx, ln_2, stream)
+        yield from self.mlp.stages(ctx, stream, ln_2)
 
-    def again(self, run: Pass, x: Array, kept: Life) -> None:
+    def again(self, ctx: Pass, x: Array, kept: Life) -> None:
         """Compute again what was not kept for backward: by the same ops, so the same bits."""
-        a, branch, middle = run.a, run.a["branch"], run.a[self._middle]
+        a, branch, middle = ctx.a, ctx.a["branch"], ctx.a[self._middle]
         if kept < Life.CHEAP:
-            self.norm_1.forward(run, a[self._ln_1], x)
+            self.norm_1.forward(ctx, a[self._ln_1], x)
         if kept < Life.INNER:
-            self.attention.forward(run, branch, a[self._ln_1])
-            self._add(run, self._middle, x)
+            self.attention.forward(ctx, branch, a[self._ln_1])
+            self._add(ctx, self._middle, x)
         if kept < Life.CHEAP:
-            self.norm_2.forward(run, a[self._ln_2], middle)
+            self.norm_2.forward(ctx, a[self._ln_2], middle)
         if kept < Life.INNER:
-            self.mlp.hidden(run, a[self._ln_2])
+            self.mlp.hidden(ctx, a[self._ln_2])
         elif kept < Life.CHEAPEST:
-            self.mlp.activate(run)
+            self.mlp.activate(ctx)
 
-    def backward(self, run: Pass, stream: Array, x: Array, below: bool) -> None:
+    def backward(self, ctx: Pass, stream: Array, x: Array, below: bool) -> None:
         """Go back over the lines of `forward` on x; stream (N, C) goes from out's gradient to x's.
 
         The layer's activations are gone afterwards: their gradients took their memory.
@@ -104,22 +104,22 @@ class Layer:
         ----------
         below : whether anything below the layer is trained; if not, x's gradient is not completed
         """
-        in_norm_1, in_attention, in_norm_2, _ = (is_trained(run, names) for names in self.names)
+        in_norm_1, in_attention, in_norm_2, _ = (is_trained(ctx, names) for names in self.names)
         above = below or in_norm_1 or in_attention  # whether the middle's gradient is needed
-        branch = run.a["branch"]  # for the gradient of a branch with dropout
-        d_ln_2 = run.take(self._ln_2) if above or in_norm_2 else None
-        d_mlp = run.drop(branch, stream, self.out)
-        self.mlp.backward(run, d_ln_2, d_mlp, run.a[self._ln_2])
+        branch = ctx.a["branch"]  # for the gradient of a branch with dropout
+        d_ln_2 = ctx.take(self._ln_2) if above or in_norm_2 else None
+        d_mlp = ctx.drop(branch, stream, self.out)
+        self.mlp.backward(ctx, d_ln_2, d_mlp, ctx.a[self._ln_2])
         if d_ln_2 is None:
             return
-        self.norm_2.backward(run, stream, d_ln_2, run.a[self._middle])
+        self.norm_2.backward(ctx, stream, d_ln_2, ctx.a[self._middle])
         if not above:
             return
-        d_ln_1 = run.take(self._ln_1) if below or in_norm_1 else None
-        d_attention = run.drop(branch, stream, self._middle)
-        self.attention.backward(run, d_ln_1, d_attention, run.a[self._ln_1])
+        d_ln_1 = ctx.take(self._ln_1) if below or in_norm_1 else None
+        d_attention = ctx.drop(branch, stream, self._middle)
+        self.attention.backward(ctx, d_ln_1, d_attention, ctx.a[self._ln_1])
         if d_ln_1 is not None:
-            self.norm_1.backward(run, stream, d_ln_1, x)
+            self.norm_1.backward(ctx, stream, d_ln_1, x)
 
 
 def names_of(block: Block) -> tuple[str, ...]:
@@ -127,9 +127,9 @@ def names_of(block: Block) -> tuple[str, ...]:
     return tuple(one.name for one in block.parameters())
 
 
-def is_trained(run: Pass, names: tuple[str, ...]) -> bool:
+def is_trained(ctx: Pass, names: tuple[str, ...]) -> bool:
     """Return whether one of these parameters has a gradient."""
-    return any(name in run.g for name in names)
+    return any(name in ctx.g for name in names)
 
 
 class Stack:
@@ -181,65 +181,65 @@ class Stack:
         """Count the multiply-adds of a token among T, forward."""
         return sum(block.flops(T) for block in self.blocks)
 
-    def forward(self, run: Pass, idx: IntArray, states: Array | None = None) -> Array:
+    def forward(self, ctx: Pass, idx: IntArray, states: Array | None = None) -> Array:
         """Return the last norm's output (N, C) of idx (B, T).
 
         `states` (L + 1, B, T, C), where it is given, gets the residual stream before each layer
         and the output.
         """
-        out = run.a["ln_f"]
+        out = ctx.a["ln_f"]
         *above, first = self.final_order  # of backward, so the next is the last
-        if run.arrive is not None:
-            run.arrive(first)
-        x = self.embedding.forward(run, idx)
+        if ctx.arrive is not None:
+            ctx.arrive(first)
+        x = self.embedding.forward(ctx, idx)
         for number, layer in enumerate(self.layers):
             if states is not None:
-                states[number] = run.rows(x)
-            if run.arrive is not None:
-                run.arrive(above.pop())
-            x = layer.forward(run, x)
-        if run.arrive is not None:
-            run.arrive(above.pop())  # the norm's, and those of the head, which reads `out`
-        self.norm.forward(run, out, x)
+                states[number] = ctx.rows(x)
+            if ctx.arrive is not None:
+                ctx.arrive(above.pop())
+            x = layer.forward(ctx, x)
+        if ctx.arrive is not None:
+            ctx.arrive(above.pop())  # the norm's, and those of the head, which reads `out`
+        self.norm.forward(ctx, out, x)
         if states is not None:
-            states[-1] = run.rows(out)
+            states[-1] = ctx.rows(out)
         return out
 
-    def stages(self, run: Pass, logits: Array) -> Iterable[Stage]:
+    def stages(self, ctx: Pass, logits: Array) -> Iterable[Stage]:
         """Yield the stages from token ids to logits (N, V)."""
-        stream, out = run.a["encoded"], run.a["ln_f"]
-        yield from self.embedding.stages(run, stream)
+        stream, out = ctx.a["encoded"], ctx.a["ln_f"]
+        yield from self.embedding.stages(ctx, stream)
         for layer in self.layers:
-            yield from layer.stages(run, stream)
-        yield from self.norm.stages(run, out, stream)
-        yield from self.head.stages(run, logits, out)
+            yield from layer.stages(ctx, stream)
+        yield from self.norm.stages(ctx, out, stream)
+        yield from self.head.stages(ctx, logits, out)
 
-    def backward(self, run: Pass, d_out: Array, idx: IntArray, kept: Life) -> None:
+    def backward(self, ctx: Pass, d_out: Array, idx: IntArray, kept: Life) -> None:
         """Go back over the lines of `forward`; d_out (N, C) is the gradient of its result.
 
         Parameters
         ----------
         kept : the activations that forward left
         """
-        a, stream = run.a, run.a["d_stream"]
+        a, stream = ctx.a, ctx.a["d_stream"]
         # whether anything before a layer is trained, and last, anything before the norm
-        below = [is_trained(run, self._embedding_names)]
+        below = [is_trained(ctx, self._embedding_names)]
         for layer in self.layers:
-            below.append(below[-1] or any(is_trained(run, names) for names in layer.names))
+            below.append(below[-1] or any(is_trained(ctx, names) for names in layer.names))
         inputs = [a["encoded"], *(a[layer.out] for layer in self.layers)]
         stream.fill(0.0)
-        self.norm.backward(run, stream, d_out, inputs[-1])
-        if run.final is not None:
-            run.final(self.final_order[0])
+        self.norm.backward(ctx, stream, d_out, inputs[-1])
+        if ctx.final is not None:
+            ctx.final(self.final_order[0])
         for number in reversed(range(len(self.layers))):
             if not below[number + 1]:
                 return
             layer, x = self.layers[number], inputs[number]
-            layer.again(run, x, kept)
-            layer.backward(run, stream, x, below[number])
-            if run.final is not None:
-                run.final(self.final_order[len(self.layers) - number])
+            layer.again(ctx, x, kept)
+            layer.backward(ctx, stream, x, below[number])
+            if ctx.final is not None:
+                ctx.final(self.final_order[len(self.layers) - number])
         if below[0]:
-            self.embedding.backward(run, stream, idx)
-            if run.final is not None:
-                run.final(self.final_order[-1])
+            self.embedding.backward(ctx, stream, idx)
+            if ctx.final is not None:
+                ctx.final(self.final_order[-1])

@@ -31,11 +31,11 @@ __all__ = ["Trace"]
 class Trace(Mapping[str, Array]):
     """The activations of a batch, name -> (B, T, channels) float32; see `Model.trace`."""
 
-    def __init__(self, stack: Stack, run: Pass) -> None:
-        self._stack, self._run = stack, run
+    def __init__(self, stack: Stack, ctx: Pass) -> None:
+        self._stack, self._ctx = stack, ctx
         self._arrays = {
-            slot.name: run.rows(run.a[slot.name])
-            for slot in stack.slots(run.batch)
+            slot.name: ctx.rows(ctx.a[slot.name])
+            for slot in stack.slots(ctx.batch)
             if slot.life <= Life.CHEAPEST and len(slot.shape) == 2
         }
 
@@ -55,7 +55,7 @@ class Trace(Mapping[str, Array]):
         return len(self._arrays)
 
     def __repr__(self) -> str:
-        return f"Trace of {self._run.batch.B} x {self._run.batch.T} tokens: {', '.join(self)}"
+        return f"Trace of {self._ctx.batch.B} x {self._ctx.batch.T} tokens: {', '.join(self)}"
 
     def attention(self, layer: int) -> Array:
         """Return how much each token attends to each: (B, NH, T, T), rows add up to 1.
@@ -64,12 +64,12 @@ class Trace(Mapping[str, Array]):
         ------
         IndexError : there is no such layer
         """
-        block, (B, T) = self._stack.layers[layer].attention, self._run.batch
+        block, (B, T) = self._stack.layers[layer].attention, self._ctx.batch
         heads = self._arrays[block.name + ".qkv"].reshape(B, T, -1, block.HS).swapaxes(1, 2)
         q, k = heads[:, : block.NH], heads[:, block.NH : block.NH + block.KV]
         k = np.repeat(k, block.NH // block.KV, axis=1)
         scores = q @ k.swapaxes(2, 3) / np.float32(np.sqrt(block.HS))
-        lse = self._run.a[block.name + ".lse"].reshape(B, block.NH, T, 1)
+        lse = self._ctx.a[block.name + ".lse"].reshape(B, block.NH, T, 1)
         weights: Array = np.tril(np.exp(np.minimum(scores - lse, 0)))
         return weights
 
@@ -84,11 +84,11 @@ class Trace(Mapping[str, Array]):
         KeyError : no activation has this name
         ValueError : the activation does not have the stream's channels
         """
-        x, (B, T) = self._arrays[name], self._run.batch
+        x, (B, T) = self._arrays[name], self._ctx.batch
         if x.shape[-1] != self._stack.norm.C:
             raise ValueError(f"the stream has {self._stack.norm.C} channels, {name} {x.shape[-1]}")
         normed = np.empty((B * T, x.shape[-1]), np.float32)
         logits = np.empty((B * T, self._stack.head.V), np.float32)
-        self._stack.norm.forward(self._run, normed, x.reshape(B * T, -1))
-        self._stack.head.forward(self._run, logits, normed)
+        self._stack.norm.forward(self._ctx, normed, x.reshape(B * T, -1))
+        self._stack.head.forward(self._ctx, logits, normed)
         return logits.reshape(B, T, -1)

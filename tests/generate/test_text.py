@@ -168,15 +168,15 @@ def test_no_end_before_min_new_tokens(least: int, count: int) -> None:
     assert out.tolist() == [[1] * (count - 1) + [2 if count < 12 else 1]]
 
 
-def test_watch_sees_the_tokens_of_its_row_and_may_end_it() -> None:
+def test_should_end_sees_the_tokens_of_its_row_and_may_end_it() -> None:
     told: list[list[int]] = [[], [], []]
 
-    def watch(row: int, last: int) -> Callable[[int], bool]:
+    def until(row: int, last: int) -> Callable[[int], bool]:
         return lambda token: told[row].append(token) or token == last
 
-    watches = [watch(0, 3), watch(1, V), watch(2, 6)]
+    should_end = [until(0, 3), until(1, V), until(2, 6)]
     config = GenerationConfig(max_new_tokens=5)
-    out = np.stack(list(stream(FakeReader(), [[0], [1], [4]], config, {5}, watches)), axis=1)
+    out = np.stack(list(stream(FakeReader(), [[0], [1], [4]], config, {5}, should_end)), axis=1)
     assert told == [[1, 2, 3], [2, 3, 4, 5], [5]]
     np.testing.assert_array_equal(out, [[1, 2, 3, 3], [2, 3, 4, 5], [5, 5, 5, 5]])
 
@@ -282,7 +282,7 @@ def test_texts_of_several_lengths_fill_their_contexts_in_turn() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ends", "watch", "on_full", "why", "count"),
+    ("ends", "should_end", "on_full", "why", "count"),
     [
         ((), None, "slide", "length", 4),
         ((), None, "stop", "length", 3),
@@ -292,11 +292,11 @@ def test_texts_of_several_lengths_fill_their_contexts_in_turn() -> None:
     ],
 )
 def test_text_records_why_it_ended(
-    ends: tuple[int, ...], watch: Any, on_full: str, why: str, count: int
+    ends: tuple[int, ...], should_end: Any, on_full: str, why: str, count: int
 ) -> None:
     config = GenerationConfig(max_new_tokens=4, on_full=on_full)
     reader = FakeReader(capacity=3)
-    text = Text([0], config, ends, slot=0, watch=watch)
+    text = Text([0], config, ends, slot=0, should_end=should_end)
     read_prompt(reader, [text])
     while text.ended is None:
         step(reader, [text])

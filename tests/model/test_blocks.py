@@ -59,10 +59,10 @@ def test_take_of_memory_that_is_not_the_activations_changes_no_bit(
     model.backward()
     expected, taken, take = gradients(model), 0, Pass.take
 
-    def fresh(run: Pass, name: str) -> Array:
+    def fresh(ctx: Pass, name: str) -> Array:
         nonlocal taken
         taken += 1
-        return np.full_like(take(run, name), np.nan)
+        return np.full_like(take(ctx, name), np.nan)
 
     monkeypatch.setattr(Pass, "take", fresh)
     model.zero_grad()
@@ -92,7 +92,7 @@ def test_backward_reads_no_activation_whose_life_has_ended(
     model.zero_grad()
     model.loss(idx, idx, dropout=dropout)
     assert model._pending is not None
-    run = model._pending.run
+    run = model._pending.ctx
     ended = [
         slot.name
         for slot in model._slots(run.batch)
@@ -370,7 +370,7 @@ def test_frozen_model_computes_nothing_below_its_lowest_trained_layer(
     model.freeze("w?e.*", "h.[01].*", "h.2.ln_1.*", "h.2.attn.*")
     model.loss(ids, ids)
     model.backend = Counted()  # type: ignore[assignment]
-    model._pending.run.ops = model.backend  # type: ignore[union-attr, assignment]
+    model._pending.ctx.ops = model.backend  # type: ignore[union-attr, assignment]
     model.backward()
     assert called == [
         "layernorm_backward",  # ln_f

@@ -389,7 +389,7 @@ def test_backward_of_scores_reads_no_activation_whose_life_has_ended(
     model.zero_grad()
     model.scores(idx)
     assert model._pending is not None
-    run = model._pending.run
+    run = model._pending.ctx
     ended = [slot for slot in model._slots(run.batch) if slot.life > KEPT[recompute]]
     for slot in ended:
         if slot.name.startswith("h.") or slot.life is Life.SCRATCH:
@@ -448,7 +448,7 @@ def test_head_alone_is_trained_without_going_back_through_the_layers(
 
     model.freeze("w?e.*", "h.*", "ln_f.*")
     model.scores(sequences(rng))
-    model._pending.run.ops = Counted()  # type: ignore[union-attr, assignment]
+    model._pending.ctx.ops = Counted()  # type: ignore[union-attr, assignment]
     model.backward(d_scores=floats(rng, B, K))
     assert called == ["matmul_backward", "layernorm_backward"]  # the head, ln_f
 

@@ -91,7 +91,7 @@ def test_factors_are_kept_in_16_bits(
     model = Model(config, 1337, backend, recompute, precision="bf16")
     loss = model.loss(*batch, dropout=dropout)
     assert model._pending is not None
-    kept = model._pending.run.a
+    kept = model._pending.ctx.a
     halves = {name for name, array in kept.items() if array.dtype == np.uint16}
     inside = {"ln_1", "ln_2", "attn.qkv", "attn.att", "mlp.fc", "mlp.act"}
     layers = range(config.n_layer)
