@@ -260,12 +260,15 @@ static inline __attribute__((always_inline)) void transpose_queries(float *q_t, 
     if (on_tiles(type)) clear_rows(q_t, ceil_div(HS, 2), block_lanes(HS), TILE);
 }
 
-/* The left operand (HS x keys) of a sum over keys: to (HS x TILE / 2) is memory for it. x has two rows in a lane (keys
- * / 2 x HS), which are transposed only for tiles. */
-static Operand by_key_pairs(float *to, const float *x, int64_t keys, int64_t HS) {
-    if (!on_tiles(BF16)) return (Operand){x, 1, HS, FP32};
-    transpose(to, TILE / 2, x, HS, ceil_div(keys, 2), HS, TILE / 2, FP32, FP32);
-    return (Operand){to, TILE / 2, 1, FP32};
+/* to (HS x TILE / 2) = the transpose of pairs (keys / 2 x HS), two rows of a block in a lane: so tiles take them. */
+static void transpose_pairs(float *to, const float *pairs, int64_t keys, int64_t HS) {
+    transpose(to, TILE / 2, pairs, HS, ceil_div(keys, 2), HS, TILE / 2, FP32, FP32);
+}
+
+/* A block of keys or values as the left operand (HS x keys) of a sum over keys: x (keys x HS) of floats, or of pairs,
+ * which for tiles are transposed. */
+static inline Operand by_key_operand(const float *x, int64_t HS, const int type) {
+    return on_tiles(type) ? (Operand){x, TILE / 2, 1, FP32} : (Operand){x, 1, HS, FP32};
 }
 
 /* ---- dropout ------------------------------------------------------------------------------------------------ */
@@ -353,7 +356,7 @@ static inline __attribute__((always_inline)) void prepare_block(const Prepared *
     if (type != BF16) return;
     pair_columns(k_to, block_lanes(HS), k, stride, n, HS, held);
     pair_rows(on_tiles(BF16) ? v_pairs : v_to, HS, v, stride, n, HS, held);
-    if (on_tiles(BF16)) by_key_pairs(v_to, v_pairs, n, HS);
+    if (on_tiles(BF16)) transpose_pairs(v_to, v_pairs, n, HS);
 }
 
 /* The keys (keys x HS) of a block as the left operand of scores, and the values (HS x keys) of a sum over keys. */
@@ -365,11 +368,9 @@ static inline Operand key_operand(const Prepared *all, Rows keys, int64_t number
     return (Operand){block, HS, 1, FP32};
 }
 static inline Operand value_operand(const Prepared *all, Rows values, int64_t number, int64_t HS, const int type) {
-    const float *block = all->values + number * prepared_size(HS);
-    if (on_tiles(type)) return (Operand){block, TILE / 2, 1, FP32};
     if (type != BF16 && values.type == FP32)
         return (Operand){element(values.numbers, number * TILE * values.stride, FP32), 1, values.stride, FP32};
-    return (Operand){block, 1, HS, FP32};
+    return by_key_operand(all->values + number * prepared_size(HS), HS, type);
 }
 
 /* out (rows x HS, row stride C) and lse (rows) of one block of queries q (rows x HS, row stride W). The first query is
@@ -594,7 +595,8 @@ static inline __attribute__((always_inline)) void backward_group(float *dqkv, co
                     pair_rows(key_pairs, HS, k, W, block.keys, HS, memory);
                     k_by_channel = (Operand){k_pairs, lanes, 1, FP32};
                     v_by_channel = (Operand){v_pairs, lanes, 1, FP32};
-                    by_key = by_key_pairs(k_t, key_pairs, block.keys, HS);
+                    if (on_tiles(BF16)) transpose_pairs(k_t, key_pairs, block.keys, HS);
+                    by_key = by_key_operand(on_tiles(BF16) ? k_t : key_pairs, HS, BF16);
                 }
                 score(p, block, k_by_channel, q_t, HS, type);
                 score(dp, block, v_by_channel, dout_t, HS, type);

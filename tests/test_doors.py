@@ -116,9 +116,9 @@ TEXTS: list[tuple[Callable[..., Any], set[str]]] = [
     (gpt2c.Generator.generate, {"logprobs"}),
     (gpt2c.Generator.stream, {"logprobs", "num_return_sequences"}),
     (gpt2c.Generator.tokens, {"logprobs", "num_return_sequences"}),
-    (gpt2c.Chat, {"logprobs", "num_return_sequences"}),
+    (gpt2c.Chat, {"logprobs", "num_return_sequences", "on_full"}),
 ]
-OTHER = {"Chat": {"max_new_tokens": 256, "on_full": "stop"}}  # defaults
+OTHER = {"Chat": {"max_new_tokens": 256}}  # defaults
 
 
 @pytest.mark.parametrize(("door", "lacks"), TEXTS)

@@ -4,7 +4,7 @@ They lie in one flat buffer with named views: what decays comes first, then the 
 trained, then what is frozen. freeze, unfreeze and add_lora lay them out again. Weights of other
 types, files' tensors, copies and pickles come in here, too.
 
-Knows nothing about losses and gradients.
+Knows nothing about losses and gradients, but for the question whether a model can have some.
 """
 
 from __future__ import annotations
@@ -284,13 +284,8 @@ class ModelWeights(LanguageModel):
             raise ValueError(f"seed must be at least 0, got {seed}")
         lora = LoRA(r, alpha, tuple(targets), use_rslora)
         config: ModelConfig = dataclasses.replace(self.config, lora=lora)  # type: ignore[type-var]
-        with self._owner.alone():
-            require(
-                "moving the parameters", {"weights": 4 * self._flat.size}, "take a smaller model"
-            )
-            new = config.parameter_shapes().keys() - self._parameters.keys()
-            values = {**self._parameters, **first_values(config, seed, new)}
-            self._lay_out(config, config.frozen(), values)
+        new = config.parameter_shapes().keys() - self._parameters.keys()
+        self._move(config, config.frozen(), first_values(config, seed, new))
 
     def merge(self) -> Self:
         """Return a model without adapters that computes the same: its weights are W + s B A.
@@ -315,10 +310,7 @@ class ModelWeights(LanguageModel):
         if self.config.lora is None:
             raise ValueError("the model has no adapters to merge")
         config: ModelConfig = dataclasses.replace(self.config, lora=None)  # type: ignore[type-var]
-        model, own = type(self).__new__(type(self)), self._parameters
-        ModelWeights.__init__(
-            *(model, config, None, self.backend, self.recompute), precision=self.precision
-        )
+        model, own = self._blank(config, "fp32"), self._parameters
         for name, parameter in model._parameters.items():
             parameter[...] = restored(own, name)
         for linear in self._stack.linears():
@@ -346,11 +338,26 @@ class ModelWeights(LanguageModel):
             small = [name for name, one in described.items() if one.small and name not in frozen]
             if small:
                 raise ValueError(f"{small[0]} has {self.weights} weights, which cannot be trained")
+        self._move(self.config, frozen, {})
+
+    def _move(
+        self, config: ModelConfig, frozen: frozenset[str], new: Mapping[str, NDArray[Any]]
+    ) -> None:
+        """Lay the parameters out again, with `new` ones; those of before stay until then."""
         with self._owner.alone():
-            require(
-                "moving the parameters", {"weights": 4 * self._flat.size}, "take a smaller model"
-            )
-            self._lay_out(self.config, frozen, self._parameters)
+            size = {"weights": 4 * self._flat.size}
+            require("moving the parameters", size, "take a smaller model")
+            self._lay_out(config, frozen, {**self._parameters, **new})
+
+    def _blank(self, config: ModelConfig, weights: str) -> Self:
+        """Return a model of this class and with its settings, whose weights are 0."""
+        model = type(self).__new__(type(self))  # the arguments of an old class are others
+        ModelWeights.__init__(
+            *(model, config, None, self.backend, self.recompute),
+            weights=weights,
+            precision=self.precision,
+        )
+        return model
 
     def _initialise(self, seed: int) -> None:
         """Write the first values that the blocks name."""
@@ -453,10 +460,7 @@ class ModelWeights(LanguageModel):
             raise ValueError(
                 f"the model already has {self.weights} weights: start from one with fp32 weights"
             )
-        model = type(self).__new__(type(self))
-        ModelWeights.__init__(
-            *(model, self.config, None, self.backend), weights=weights, precision=self.precision
-        )
+        model = self._blank(self.config, weights)
         model.load_parameters(self._parameters, "the model")
         return model
 

@@ -493,7 +493,7 @@ def trained() -> tuple[GPT2, np.ndarray]:
     config = GPT2Config(vocab_size=256, n_positions=64, n_embd=64, n_layer=2, n_head=4)
     model = GPT2(config, seed=1)
     optimizer, rng = AdamW(model, learning_rate=3e-3, weight_decay=0.1), np.random.default_rng(0)
-    for _ in range(300):
+    for _ in range(500):
         starts = rng.integers(0, cut - 65, 8)
         rows = np.stack([tokens[start : start + 65] for start in starts])
         model.zero_grad()
