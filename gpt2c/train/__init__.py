@@ -4,6 +4,7 @@ __all__ = [
     "checkpoints",
     "directory",
     "hooks",
+    "logs",
     "loop",
     "metrics",
     "needs",

@@ -24,7 +24,6 @@ from gpt2c.files.atomic import atomic_path, matching, remove, remove_leftovers, 
 from gpt2c.files.names import (
     CHECKPOINTS,
     EVENTS,
-    METRICS_FILE,
     MOMENTS_FILE,
     RESULT_FILE,
     ROLLOUTS,
@@ -49,11 +48,10 @@ from gpt2c.train.directory import (
     report,
     write_result,
 )
-from gpt2c.train.metrics import Metrics, read_metrics
+from gpt2c.train.logs import Logs
 from gpt2c.train.optimizer import AdamW
 from gpt2c.train.settings import Settings
 from gpt2c.train.sharded import ShardedAdamW
-from gpt2c.train.tensorboard import Events
 
 __all__ = ["LOCAL", "LostModel", "Run", "check_ranks", "open_run"]
 
@@ -180,9 +178,7 @@ class Run:
         self.torn = False
         self._stored: TrainerState | None = None  # in the newest checkpoint
         self._published: Path | None = None
-        self._metrics: Metrics | None = None
-        self._events: Events | None = None
-        self._told: set[str] = set()
+        self._logs = Logs(out, settings.tensorboard)
         self._place: os.stat_result | None = None  # of the locked directory
         self._locks = ExitStack()  # of directories that were made again
 
@@ -203,7 +199,7 @@ class Run:
         for path in matching(self.out, TOKENIZER_OTHERS):
             path.unlink()
         for name in LOGS:
-            with self._logging(self.out / name):
+            with self._logs.writing(name):
                 through(self.out / name).unlink(missing_ok=True)
         if (self.out / CHECKPOINTS).is_dir():
             checkpoints.clear(self.out / CHECKPOINTS)
@@ -256,15 +252,7 @@ class Run:
         if self.saved and not self.entry:
             self._publish(self.saved)
             self._confirm_evaluated()
-        self._open_logs()
-
-    def _open_logs(self) -> None:
-        path = self.out / METRICS_FILE
-        with self._logging(path):
-            self._metrics = Metrics(path, self.step - bool(self.entry), report)
-        if self.settings.tensorboard:
-            with self._logging(self.out / EVENTS):
-                self._events = Events(self.out / EVENTS, read_metrics(path))
+        self._logs.open(self.step - bool(self.entry))
 
     def _write_facts(self) -> None:
         """Write the files that a resumed run needs beside its checkpoints."""
@@ -310,24 +298,13 @@ class Run:
             self.saved = self.good = self._stored = None
             self.saved_step = -1
         self._published = None
-        self._close_logs()
-        self._open_logs()
         logged = self.step - bool(self.entry)
+        self._logs.close()
+        self._logs.open(logged)
         report(
             f"{self.out} was removed, renamed or emptied while the run trained: it is made again,"
             f" and its metrics continue after step {logged}"
         )
-
-    @contextmanager
-    def _logging(self, path: Path) -> Iterator[None]:
-        """Suppress the errors of a log, and report the first: a run does not stop for its logs."""
-        try:
-            yield
-        except OSError as error:
-            if path.name not in self._told:
-                self._told.add(path.name)
-                reason = error.strerror or error
-                report(f"{path} cannot be written ({reason}): the run continues without it")
 
     def _record(self) -> dict[str, Any]:
         return {
@@ -351,19 +328,11 @@ class Run:
             yield part
 
     def log(self) -> None:
-        """Write the last step's metrics, with the run's duration and the time of day.
-
-        The files are open, so they are the run's own even after the directory was renamed.
-        """
+        """Write the last step's metrics, with the run's duration and the time of day."""
         entry = self.entry
         assert entry is not None
         entry |= {"elapsed_seconds": round(self.seconds, 4), "time": round(time.time(), 3)}
-        if self._metrics:
-            with self._logging(self.out / METRICS_FILE):
-                self._metrics.append(entry)
-        if self._events:
-            with self._logging(self.out / EVENTS):
-                self._events.append(entry)
+        self._logs.append(entry)
         self.entry = None
 
     def share(self) -> None:
@@ -421,7 +390,7 @@ class Run:
             self._fill_again()
         state = self._state()
         if self.saved is None or self.step != self.saved_step:
-            self._sync()
+            self._logs.sync()  # the checkpoint must not come before the metrics of its step
             self.saved = checkpoints.save(
                 self.out / CHECKPOINTS,
                 state,
@@ -430,7 +399,7 @@ class Run:
             )
             self.saved_step = self.step
         elif state != self._stored:
-            self._sync()
+            self._logs.sync()
             checkpoints.amend(self.saved, state)
         self._stored = state
         if not self.entry and self._published != self.saved:
@@ -438,7 +407,7 @@ class Run:
 
     def finish(self, verb: str, entries: Mapping[str, Any]) -> None:
         """Write result.json, see `write_result`."""
-        with self._logging(self.out / RESULT_FILE):
+        with self._logs.writing(RESULT_FILE):
             write_result(self.out, verb, entries)
 
     def forget(self) -> None:
@@ -454,21 +423,13 @@ class Run:
             self._check_own()
             self._publish(self.saved)
             self._confirm_evaluated()
-            if self._events:
-                with self._logging(self.out / EVENTS):
-                    self._events.flush()
+            self._logs.sync()
 
     def _state(self) -> TrainerState:
         val_loss = None if math.isnan(self.val_loss) else self.val_loss
         return TrainerState(
             *(self.step, self.skipped, self.seconds, val_loss, self.entry), tokens=self.tokens
         )
-
-    def _sync(self) -> None:
-        """Wait until the metrics are on the disk, before the checkpoint of their step is."""
-        if self._metrics:
-            with self._logging(self.out / METRICS_FILE):
-                self._metrics.sync()
 
     def confirm(self) -> None:
         """Mark the newest checkpoint as good, as its weights gave a finite loss; prune older ones.
@@ -522,12 +483,5 @@ class Run:
             if self.exchange is not None:
                 self.exchange.close()
         finally:  # also where other ranks are gone
-            self._close_logs()
+            self._logs.close()
             self._locks.close()
-
-    def _close_logs(self) -> None:
-        for log, name in ((self._metrics, METRICS_FILE), (self._events, EVENTS)):
-            if log:
-                with self._logging(self.out / name):
-                    log.close()
-        self._metrics = self._events = None

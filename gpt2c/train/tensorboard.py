@@ -58,7 +58,7 @@ class Events:
             self._writer.write_event(event_pb2.Event(step=0, session_log=start))
         for entry in entries:
             self.append(entry)
-        self.flush()
+        self.sync()
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add every number of a step's metrics as a scalar of its name, at the step's time."""
@@ -73,9 +73,9 @@ class Events:
         with naming(self.directory):
             self._writer.write_event(event)
         if time.monotonic() - self._flushed > FLUSHED:
-            self.flush()
+            self.sync()
 
-    def flush(self) -> None:
+    def sync(self) -> None:
         """Wait until all events are on the disk."""
         self._flushed = time.monotonic()
         with naming(self.directory):
