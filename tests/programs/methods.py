@@ -119,7 +119,8 @@ def every(base: str, out: str) -> None:
     for name in CASES:
         sent.clear()
         tune(name, base, Path(out))
-        assert any(sent), name  # not all: of the completions of a step a rank may get none
+        # rloo leaves truncated completions out here: a rank may have none to learn from.
+        assert any(sent) if name == "rloo" else all(sent), (name, sent)
     faults(base, out)
     refusals(base, out)
     patience()
