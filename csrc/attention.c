@@ -69,61 +69,6 @@ static inline __attribute__((always_inline)) void tile_product(float *restrict c
         for (int j = 0; j < vectors; j++) vf_store(c + i * ldc + j * VF_LEN, acc[i][j]);
 }
 
-#ifdef HAS_TILES
-/* The same on tiles: c (m x n) (+)= left (m x depth) b (depth x n), with m and depth rounded up to 16 and n a multiple
- * of 16; what left and b hold in the added lanes are zeros. k_stride of left is 1. */
-static void product_on_tiles(float *c, int64_t ldc, Operand left, const float *b, int64_t ldb, int64_t m, int64_t n,
-                             int64_t depth, int accumulate) {
-    enum { SIDE = 16 };
-    for (int64_t i = 0; i < m; i += SIDE)
-        for (int64_t j = 0; j < n; j += 4 * SIDE) {
-            const int64_t columns = min64(4, (n - j) / SIDE);
-            const float *a = (const float *)left.data + i * left.row_stride, *right = b + j;
-            float *to = c + i * ldc + j;
-            if (accumulate) {
-                tile_load(0, to, 4 * ldc);
-                if (columns > 1) tile_load(1, to + SIDE, 4 * ldc);
-                if (columns > 2) tile_load(2, to + 2 * SIDE, 4 * ldc);
-                if (columns > 3) tile_load(3, to + 3 * SIDE, 4 * ldc);
-            } else {
-                tile_zero(0);
-                tile_zero(1);
-                tile_zero(2);
-                tile_zero(3);
-            }
-            for (int64_t k = 0; k < depth; k += SIDE, right += SIDE * ldb) {
-                tile_load(4, a + k, 4 * left.row_stride);
-                tile_load(5, right, 4 * ldb);
-                tile_dot_bf16(0, 4, 5);
-                if (columns > 1) {
-                    tile_load(6, right + SIDE, 4 * ldb);
-                    tile_dot_bf16(1, 4, 6);
-                }
-                if (columns > 2) {
-                    tile_load(7, right + 2 * SIDE, 4 * ldb);
-                    tile_dot_bf16(2, 4, 7);
-                }
-                if (columns > 3) {
-                    tile_load(5, right + 3 * SIDE, 4 * ldb);
-                    tile_dot_bf16(3, 4, 5);
-                }
-            }
-            tile_store(0, to, 4 * ldc);
-            if (columns > 1) tile_store(1, to + SIDE, 4 * ldc);
-            if (columns > 2) tile_store(2, to + 2 * SIDE, 4 * ldc);
-            if (columns > 3) tile_store(3, to + 3 * SIDE, 4 * ldc);
-        }
-}
-/* Whether products of this type go through it. */
-static inline int on_tiles(const int type) { return type == BF16; }
-#else
-static inline int on_tiles(const int type) { return (void)type, 0; }
-static void product_on_tiles(float *c, int64_t ldc, Operand left, const float *b, int64_t ldb, int64_t m, int64_t n,
-                             int64_t depth, int accumulate) {
-    (void)c, (void)ldc, (void)left, (void)b, (void)ldb, (void)m, (void)n, (void)depth, (void)accumulate;
-}
-#endif
-
 /* The lanes of `numbers` in a block of BF16: where tiles multiply, whole tiles. */
 static inline int64_t block_lanes(int64_t numbers) {
     return on_tiles(BF16) ? round_up(ceil_div(numbers, 2), VF_LEN) : ceil_div(numbers, 2);

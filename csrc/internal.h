@@ -134,6 +134,21 @@ static inline int64_t products_scratch_size(const int precision, int threads) {
     return (void)precision, gemm_scratch_size(threads);
 }
 int64_t tiles_depth(void);
+
+/* Whether a product of a block of attention goes through product_on_tiles(): c (m x n) (+)= left (m x depth) b (depth x
+ * n), of pairs of BF16; m and depth are rounded up to 16 and n is a multiple of 16; what left and b hold in the added
+ * lanes are zeros. k_stride of left is 1. */
+#ifdef HAS_TILES
+static inline int on_tiles(const int type) { return type == BF16; }
+void product_on_tiles(float *c, int64_t ldc, Operand left, const float *b, int64_t ldb, int64_t m, int64_t n,
+                      int64_t depth, int accumulate);
+#else
+static inline int on_tiles(const int type) { return (void)type, 0; }
+static inline void product_on_tiles(float *c, int64_t ldc, Operand left, const float *b, int64_t ldb, int64_t m,
+                                    int64_t n, int64_t depth, int accumulate) {
+    (void)c, (void)ldc, (void)left, (void)b, (void)ldb, (void)m, (void)n, (void)depth, (void)accumulate;
+}
+#endif
 int64_t gemm_rows(void); /* of C in a block: those that a packed part of B serves */
 
 /* A row of encoder_forward: out (C) = the token's row of wte + its position's row of wpe, unless that is NULL. */
