@@ -1,6 +1,6 @@
 """Questions whose answers a program can check, from the files of Python itself, for `gpt2c sft`.
 
-    python benchmarks/answers.py answers.jsonl
+    python benchmarks/answers.py runs/answers.jsonl
 
 A question is the head of a function of the standard library, and its answer the names of the
 function's parameters, which Python's own parser knows:

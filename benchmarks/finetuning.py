@@ -1,7 +1,7 @@
 """What fine-tuning costs: adapters in memory, time and loss; ragged batches; rollouts.
 
-    python benchmarks/finetuning.py --json finetuning.json                        # some minutes
-    python benchmarks/finetuning.py --base runs/demo/run --examples answers.jsonl --json f.json
+    python benchmarks/finetuning.py --json runs/finetuning.json                   # some minutes
+    python benchmarks/finetuning.py --base runs/demo/run --examples runs/answers.jsonl
 
 GPT-2 124M with random weights, which cost what trained ones cost. Ways to train it take turns, each
 in a process of its own, whose peak is its memory. Given a base and examples, such as those of

@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/reinforcement"))
     parser.add_argument("--only", type=int, help="measure this seed alone, and draw nothing")
-    parser.add_argument("--picture", type=Path, default=Path("grpo.png"))
+    parser.add_argument("--picture", type=Path, default=Path("runs/grpo.png"))
     options = parser.parse_args()
     seeds = [options.only] if options.only else [*range(1, options.seeds + 1)]
     found = measure(options.task, seeds, options.out)

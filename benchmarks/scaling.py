@@ -1,6 +1,6 @@
 """How time per token grows with the length of the text and with threads: a picture and a table.
 
-    python benchmarks/scaling.py scaling.png
+    python benchmarks/scaling.py runs/scaling.png
 
 GPT-2 124M with 4096 positions, the fastest backend, whole training steps of at least 1024 tokens.
 """

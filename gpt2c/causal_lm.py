@@ -212,22 +212,7 @@ class CausalLM(Model):
             n_positions tokens; an empty one starts from eos_token_id of the config
         max_new_tokens : the most tokens to add
         logprobs : also return the log-probability of each token
-        min_new_tokens : the least tokens before the end
-        do_sample : False takes the likeliest token each time
-        temperature : divides the logits; 0 takes the likeliest token each time
-        top_k : draw among the k likeliest tokens
-        top_p : draw among the likeliest tokens, the fewest whose probabilities add up to p
-        min_p : draw among the tokens at least p times as likely as the likeliest
-        repetition_penalty : above 1 makes tokens that the text already has less likely
-        no_repeat_ngram_size : n forbids to repeat a sequence of n tokens
-        eos_token_id, stop : a token id or several that end a text
-        seed : the same seed draws the same tokens
-        on_full : when the text fills the context, "slide" forgets its first half, "stop" ends it
-        cache : the type of the keys and values in memory, "fp32", "fp16" or "int8"
-        num_return_sequences : the number of continuations of each prompt
-        settings : others of transformers, at values that leave them off
-
-        `gpt2c.GenerationConfig` says more of each.
+        settings : others of transformers, which gpt2c lacks, at values that leave them off
 
         Returns
         -------
@@ -299,7 +284,15 @@ class CausalLM(Model):
         logprobs: bool = False,
         **settings: Unpack[TokenSettings],
     ) -> Texts | tuple[Texts, Logprobs]:
-        """Continue prompts, with the arguments of `stream`.
+        """Continue prompts; see `stream`, which yields the same tokens one by one.
+
+        Parameters
+        ----------
+        idx : B prompts of token ids, (B, T) or a list of lists of different lengths, up to
+            n_positions tokens; an empty one starts from eos_token_id of the config
+        max_new_tokens : the most tokens to add
+        logprobs : also return the log-probability of each token
+        settings : others of transformers, which gpt2c lacks, at values that leave them off
 
         Returns
         -------

@@ -309,22 +309,11 @@ class Generator:
         max_new_tokens : the most tokens to add
         allowed_special : the names of special tokens to recognize in the prompt, or "all", see
             `Tokenizer.encode`
-        min_new_tokens : the least tokens before the end
-        do_sample : False takes the likeliest token each time
-        temperature : divides the logits; 0 takes the likeliest token each time
-        top_k : draw among the k likeliest tokens
-        top_p : draw among the likeliest tokens, the fewest whose probabilities add up to p
-        min_p : draw among the tokens at least p times as likely as the likeliest
-        repetition_penalty : above 1 makes tokens that the text already has less likely
-        no_repeat_ngram_size : n forbids to repeat a sequence of n tokens
         eos_token_id : a token id or several that end a text; None for none; left out, the
             generator's
-        seed : the same seed draws the same tokens
-        on_full : when the text fills the context, "slide" forgets its first half, "stop" ends it
-        cache : the type of the keys and values in memory; None is the generator's
-        settings : others of transformers, at values that leave them off
-
-        `gpt2c.GenerationConfig` says more of each.
+        cache : the type of the keys and values in memory, "fp32", "fp16" or "int8"; None is the
+            generator's
+        settings : others of transformers, which gpt2c lacks, at values that leave them off
 
         Returns
         -------
@@ -399,6 +388,14 @@ class Generator:
 
         No piece ends within a character.
 
+        Parameters
+        ----------
+        prompt : a string; an empty one starts a new text
+        stop : a string or several that end the text, and are no part of it
+        max_new_tokens : the most tokens to add
+        allowed_special, eos_token_id, cache : see `generate`
+        settings : others of transformers, which gpt2c lacks, at values that leave them off
+
         Raises
         ------
         ValueError : see `generate`; raised at once, not at the first piece
@@ -441,8 +438,9 @@ class Generator:
 
         Parameters
         ----------
-        prompt, settings : see `generate`
+        prompt, stop, max_new_tokens, allowed_special, eos_token_id, cache : see `generate`
         candidates : the number of likeliest tokens to name beside each token
+        settings : others of transformers, which gpt2c lacks, at values that leave them off
 
         Raises
         ------

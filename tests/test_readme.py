@@ -78,8 +78,9 @@ def test_every_line_of_shell_runs_in_order(tmp_path: Path) -> None:
         line = re.sub(r"--max-iters (\d+)", lambda n: f"--max-iters {int(n[1]) // 300}", line)
         run(["bash", "-euo", "pipefail", "-c", line], tmp_path)
     assert demos == 1
-    for name in ("runs/demo/run", "runs/book/run", "copy"):
-        assert (tmp_path / name / "model.safetensors").is_file()
+    for name in ("demo/run", "book/run", "copy"):
+        assert (tmp_path / "runs" / name / "model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"], "a file outside runs/ is litter"
 
 
 def test_every_line_of_python_runs_in_order(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ __all__ = [
     "fastest",
     "in_bf16",
     "measure_ceilings",
+    "peak_text",
+    "peaks",
     "read_bandwidth",
 ]
 
@@ -113,11 +115,7 @@ def fastest() -> str:
 def measure_ceilings(threads: int) -> Ceilings:
     """Measure the peak of every backend's multiply-adds, and memory with 1, 2, 4 ... threads."""
     fma_peak.cache_clear()  # the machine may have been busy when they were measured last
-    own: list[str] = [name for name in backends() if name != "numpy"]
-    peak = {name: fma_peak(name, threads) for name in own}
-    bf16 = [name for name in own if "avx512bf16" in REQUIRES[name]]
-    peak |= {f"{name}:bf16": fma_peak(name, threads, "bf16") for name in bf16}
-    peak |= {f"{name}:int8": fma_peak(name, threads, "int8") for name in own}
+    peak = {row: own for name in backends() for row, own in peaks(name, threads).items()}
     data, other = aligned_zeros(FLOATS), aligned_zeros(FLOATS)
     data.fill(0.0)
     other.fill(0.0)
@@ -135,6 +133,21 @@ def measure_ceilings(threads: int) -> Ceilings:
             best = max(best, data.nbytes / (middle - start), 3 * data.nbytes / (end - middle))
         bandwidth[count] = best
     return Ceilings(threads, peak, bandwidth, (core_distance(),))
+
+
+def peaks(name: str, threads: int) -> dict[str, float]:
+    """Return the peaks of a backend as `Ceilings.peak` has them; none of "numpy"."""
+    if name == "numpy":
+        return {}
+    found = {name: fma_peak(name, threads)}
+    if "avx512bf16" in REQUIRES[name]:
+        found[f"{name}:bf16"] = fma_peak(name, threads, "bf16")
+    return found | {f"{name}:int8": fma_peak(name, threads, "int8")}
+
+
+def peak_text(row: str, peak: float) -> str:
+    """Return a peak with its unit, GFLOP/s; int8 are whole numbers, so theirs is GOP/s."""
+    return f"{peak / 1e9:,.0f} {'GOP/s' if row.endswith(':int8') else 'GFLOP/s'}"
 
 
 def read_bandwidth(threads: int) -> float:

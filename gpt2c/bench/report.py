@@ -29,6 +29,7 @@ from gpt2c.bench.machine import (
     cpu_name,
     distance_text,
     fastest,
+    peak_text,
 )
 from gpt2c.bench.suite import Measurement
 from gpt2c.files.atomic import atomic_path
@@ -73,10 +74,10 @@ def machine_lines(ceilings: Ceilings) -> list[str]:
 
     The last line is the latest distance of its cores.
     """
-    peaks = [[name, f"{peak / 1e9:,.0f}"] for name, peak in ceilings.peak.items()]
+    peaks = [[row, peak_text(row, peak)] for row, peak in ceilings.peak.items()]
     moves = [[threads_text(n), f"{size / 1e9:,.0f}"] for n, size in ceilings.bandwidth.items()]
     height = max(len(peaks), len(moves))
-    table = [["peak of", "G/s"], *peaks, *[["", ""]] * (height - len(peaks))]
+    table = [["peak of", ""], *peaks, *[["", ""]] * (height - len(peaks))]
     right = [["memory with", "GB/s"], *moves, *[["", ""]] * (height - len(moves))]
     rows = [[*a, *b] for a, b in zip(table, right, strict=True)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

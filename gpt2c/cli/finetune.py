@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from gpt2c.cli.flags import add_settings, given_settings
+from gpt2c.cli.flags import RESUME, add_settings, given_settings
 from gpt2c.evaluate.figures import written
 from gpt2c.files.atomic import check_directory
 from gpt2c.files.names import RUN_FILE
@@ -101,7 +101,7 @@ def add_run(verb: argparse.ArgumentParser, kind: type[FinetuneSettings]) -> None
     verb.add_argument("data", metavar="DATA", nargs=optional, help=text)
     verb.add_argument("--out", type=Path, required=True, help="the run's directory")
     verb.add_argument("--config", help="a TOML file or a recipe's name; flags override it")
-    verb.add_argument("--resume", action="store_true", help="continue the run in --out")
+    verb.add_argument("--resume", action="store_true", help=RESUME)
     verb.add_argument("--overwrite", action="store_true", help="replace the content of --out")
     add_settings(verb, {}, kind)
 

@@ -9,7 +9,12 @@ from typing import Any
 from gpt2c.parallel.world import launched
 from gpt2c.train.settings import Settings, TrainSettings
 
-__all__ = ["add_model", "add_settings", "given_settings"]
+__all__ = ["RESUME", "add_model", "add_settings", "given_settings"]
+
+RESUME = (
+    "continue from the checkpoint in --out, with the same bits as a run without a break; another"
+    " --max-iters stretches the learning-rate schedule, so the result is not that of one long run"
+)
 
 
 def add_model(verb: argparse.ArgumentParser) -> None:
@@ -33,7 +38,10 @@ def add_model(verb: argparse.ArgumentParser) -> None:
         "--backend", default="auto", help="a name that gpt2c info lists (default: the fastest)"
     )
     verb.add_argument(
-        "--threads", type=int, default=0, help="how many threads (0: as many as the machine allows)"
+        "--threads",
+        type=int,
+        default=0,
+        help="number of threads (default: all cores that this process may use)",
     )
 
 

@@ -32,6 +32,8 @@ from gpt2c.bench.machine import (
     core_distance,
     cpu_name,
     distance_text,
+    peak_text,
+    peaks,
     read_bandwidth,
 )
 from gpt2c.kernels.backend import (
@@ -39,7 +41,6 @@ from gpt2c.kernels.backend import (
     REQUIRES,
     THREAD_VARIABLES,
     default_threads,
-    fma_peak,
     get_backend,
     why_missing,
 )
@@ -201,7 +202,7 @@ def _threads() -> int | str:
 
 
 def backend_rows(threads: int | str) -> list[Fact]:
-    """Return a row for each backend: its peak, or why it does not run here."""
+    """Return a row for each backend: its peaks, or why it does not run here."""
     chosen, problem = "", ""
     try:
         chosen = get_backend().name
@@ -212,10 +213,11 @@ def backend_rows(threads: int | str) -> list[Fact]:
         state = why_missing(name)
         if not state and name != "numpy" and isinstance(threads, int):
             team = f"{threads} thread{'s' if threads > 1 else ''}"
-            state = f"{fma_peak(name, threads) / 1e9:,.0f} GFLOP/s at most on {team}"
-            if "avx512bf16" in REQUIRES[name]:
-                state += f", {fma_peak(name, threads, 'bf16') / 1e9:,.0f} in bf16"
-            state += f", {fma_peak(name, threads, 'int8') / 1e9:,.0f} GOP/s in int8"
+            found = [
+                f"{row.partition(':')[2] or 'fp32'} {peak_text(row, peak)}"
+                for row, peak in peaks(name, threads).items()
+            ]
+            state = f"peak on {team}: {', '.join(found)}"
         mark = "  <- chosen" if name == chosen else ""
         rows.append(("backend", f"{name:<12}{state}{mark}"))
     return rows + ([("backend", f"none chosen: {problem}")] if problem else [])

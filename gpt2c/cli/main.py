@@ -29,7 +29,7 @@ from gpt2c.cli import prepare as cli_prepare
 from gpt2c.cli import prune as cli_prune
 from gpt2c.cli import tokens as cli_tokens
 from gpt2c.cli.demo import demo, demo_recipe
-from gpt2c.cli.flags import add_settings, given_settings
+from gpt2c.cli.flags import RESUME, add_settings, given_settings
 from gpt2c.cli.signals import ended_as_by_ctrl_c
 from gpt2c.evaluate.figures import written
 from gpt2c.files.atomic import reason
@@ -217,7 +217,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--config", help="a TOML file, or demo or shakespeare-char; flags override it"
     )
-    verb.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    verb.add_argument("--resume", action="store_true", help=RESUME)
     verb.add_argument("--overwrite", action="store_true", help="replace the content of --out")
     add_settings(verb, {})
 

@@ -23,7 +23,7 @@ __all__ = [
 
 
 class FinetuneGiven(TypedDict, total=False):
-    """Those of `FinetuneSettings`, which all methods have."""
+    """The settings of every method, see `FinetuneSettings`."""
 
     dropout: float
     learning_rate: float
@@ -70,7 +70,7 @@ class FinetuneGiven(TypedDict, total=False):
 
 
 class SupervisedGiven(FinetuneGiven, total=False):
-    """Those of `SupervisedSettings`."""
+    """The settings of methods that learn from answers, see `SupervisedSettings`."""
 
     prompt_field: str
     completion_field: str
@@ -78,13 +78,13 @@ class SupervisedGiven(FinetuneGiven, total=False):
 
 
 class SFTGiven(SupervisedGiven, total=False):
-    """Those of `SFTSettings`."""
+    """The settings of `sft`, see `SFTSettings`."""
 
     eval_answers: int
 
 
 class DistillGiven(SupervisedGiven, total=False):
-    """Those of `DistillSettings`."""
+    """The settings of `distill`, see `DistillSettings`."""
 
     n_layer: int
     n_head: int
@@ -97,7 +97,7 @@ class DistillGiven(SupervisedGiven, total=False):
 
 
 class ClassifyGiven(FinetuneGiven, total=False):
-    """Those of `ClassifySettings`."""
+    """The settings of `classify`, see `ClassifySettings`."""
 
     test_fraction: float
     folds: int
@@ -107,7 +107,7 @@ class ClassifyGiven(FinetuneGiven, total=False):
 
 
 class JudgingGiven(FinetuneGiven, total=False):
-    """Those of `JudgingSettings`."""
+    """The settings of methods that learn from preferences, see `JudgingSettings`."""
 
     prompt_field: str
     chosen_field: str
@@ -115,13 +115,13 @@ class JudgingGiven(FinetuneGiven, total=False):
 
 
 class RewardGiven(JudgingGiven, total=False):
-    """Those of `RewardSettings`."""
+    """The settings of `reward`, see `RewardSettings`."""
 
     center_rewards_coefficient: float
 
 
 class DPOGiven(JudgingGiven, total=False):
-    """Those of `DPOSettings`."""
+    """The settings of `dpo`, see `DPOSettings`."""
 
     completion_field: str
     label_field: str
@@ -135,7 +135,7 @@ class DPOGiven(JudgingGiven, total=False):
 
 
 class GRPOGiven(FinetuneGiven, total=False):
-    """Those of `GRPOSettings`."""
+    """The settings of `grpo`, see `GRPOSettings`."""
 
     task: str
     task_prompts: int

@@ -299,8 +299,8 @@ class Engine:
         idx : (T,) token ids; an empty prompt starts from eos_token_id of the config
         max_new_tokens : the most tokens to add
         logprobs : the request also has the log-probability of each token
-        settings : the other settings of `GPT2.stream`, which says what each does; no
-            num_return_sequences and cache
+        settings : others of transformers, which gpt2c lacks, at values that leave them off;
+            num_return_sequences and cache are not a request's
 
         Raises
         ------

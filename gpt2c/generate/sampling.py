@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NoReturn, TypedDict, TypeVar, Unpack, get_type_hints
 
@@ -131,11 +132,11 @@ GENERATORS = _Generators()  # in a signature: the default is a setting of the ge
 
 
 def shows(settings: type[Any], **other: object) -> Callable[[F], F]:
-    """Return a decorator that writes out `**settings` in the signature of a function.
+    """Return a decorator that writes out `**settings` in the signature and the docstring.
 
-    So `help` lists each setting of `GenerationConfig` with its default. A type checker and an
-    editor find them in the TypedDict. Written by hand, the list of 14 would stand in each overload
-    of each of eight functions.
+    So `help` lists each setting of `GenerationConfig` with its default and what it does. A type
+    checker and an editor find them in the TypedDict. Written by hand, the list of 14 would stand in
+    each overload of each of eight functions.
 
     Parameters
     ----------
@@ -156,9 +157,25 @@ def shows(settings: type[Any], **other: object) -> Callable[[F], F]:
         function.__signature__ = own.replace(  # type: ignore[attr-defined]
             parameters=[*first, *named, rest]
         )
+        if function.__doc__:
+            function.__doc__ = _described(function.__doc__, [one.name for one in named])
         return function
 
     return show
+
+
+def _described(docstring: str, names: Sequence[str]) -> str:
+    """Return a docstring whose entry `settings` follows those of these names in `GenerationConfig`.
+
+    An entry that the docstring has itself is not added.
+    """
+    text = inspect.cleandoc(docstring)
+    entry = re.compile(r"(?m)^(\w[\w, ]*) : .+(?:\n    .+)*")  # "name, name : what they are"
+    own = {name for one in entry.finditer(text) for name in one[1].split(", ")}
+    config = inspect.cleandoc(GenerationConfig.__doc__ or "")
+    known = {one[1]: one[0] for one in entry.finditer(config)}
+    added = "".join(f"{known[name]}\n" for name in names if name not in own)
+    return re.sub(r"(?m)^(?=settings : )", lambda _: added, text, count=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,9 +187,10 @@ class GenerationConfig:
 
     Parameters
     ----------
-    max_new_tokens, min_new_tokens : the most tokens to add, and the least before the end
+    max_new_tokens : the most tokens to add
+    min_new_tokens : the least tokens before the end
     do_sample : False takes the likeliest token each time, as temperature=0 does
-    temperature : divides the logits; 1 is the model's own distribution
+    temperature : divides the logits; 1 is the model's own distribution, 0 takes the likeliest token
     top_k : draw among the k likeliest tokens only (the lower ids of equals); None or 0 is off
     top_p : draw among the likeliest tokens only, the fewest whose probabilities add up to p
         (nucleus sampling, Holtzman et al., arXiv:1904.09751); None or 1 is off, 0 keeps one token

@@ -61,8 +61,9 @@ def train(
     given : fields of TrainSettings that differ from the defaults or, with `resume`, from the run's
         own
     resume : continue from the newest whole checkpoint in `out`, or from the first step if the run
-        has none yet. On the same backend the result is, bit for bit, that of an uninterrupted run.
-        With another `max_iters` or schedule, only the coming steps have the new learning rates
+        has none yet. On the same backend and with the same settings the result is, bit for bit,
+        that of an uninterrupted run. Another `max_iters` stretches the schedule: the coming steps
+        have the learning rates of a run of that length, the past ones had others
     overwrite : `out` may exist and hold files
     held : the caller has locked `out`, see `reserved`
 

@@ -122,8 +122,12 @@ def test_the_readmes_have_the_tables_of_the_committed_json(
     def every(text: str) -> set[str]:
         return {line for line in text.splitlines() if re.match(r"\| [a-z]\S* \| ", line)}
 
-    gpt2 = re.findall(r": \d+ x \d+ \|.*\(torch\S*\) \| ([\d.]+) \|", printed)
-    for name, to in (("README.md", "to"), ("README.zh-CN.md", "到")):
+    row = r", (fp32|16-bit): \d+ x \d+ \|.*\(torch\S*\) \| ([\d.]+) \|"  # of GPT-2
+    ratios = re.findall(row, printed)
+    for name, words in (("README.md", "{} to {} times"), ("README.zh-CN.md", "{} 到 {} 倍")):
         text = (BENCHMARKS.parent / name).read_text("utf-8")
-        assert best(text) == best(printed) and f"[{min(gpt2)} {to} {max(gpt2)} " in text
+        assert best(text) == best(printed)
+        for kind in ("fp32", "16-bit"):
+            own = [ratio for found, ratio in ratios if found == kind]
+            assert words.format(min(own), max(own)) in text, kind
     assert every((BENCHMARKS / "README.md").read_text("utf-8")) == every(printed)

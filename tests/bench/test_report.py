@@ -76,7 +76,7 @@ def test_json_and_pictures_are_written(tmp_path: Path) -> None:
 
 
 def test_table_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    peaks = {"avx512vnni": 108e9, "base": 42e9}
+    peaks = {"avx512vnni": 108e9, "avx512vnni:int8": 420e9}
     ceilings = Ceilings(2, peaks, {1: 53e9, 2: 45e9}, (171.0, 41.0))
     monkeypatch.setattr(report, "caches", lambda: ["L1 32K", "L3 32768K of cores 0-1"])
     monkeypatch.setattr(machine, "usable_cores", lambda: 2)
@@ -85,9 +85,9 @@ def test_table_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert near == "caches: L1 32K, L3 32768K of cores 0-1"
     assert far == "a cache line takes 41 ns from core to core"
     assert [line.split() for line in table] == [
-        ["peak", "of", "G/s", "memory", "with", "GB/s"],
-        ["avx512vnni", "108", "1", "thread", "53"],
-        ["base", "42", "2", "threads", "45"],
+        ["peak", "of", "memory", "with", "GB/s"],
+        ["avx512vnni", "108", "GFLOP/s", "1", "thread", "53"],
+        ["avx512vnni:int8", "420", "GOP/s", "2", "threads", "45"],
     ]
     assert ", 1 thread; " in report.machine_lines(CEILINGS)[0]
 

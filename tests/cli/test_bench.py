@@ -55,7 +55,7 @@ def test_ops_on_the_command_line(
     command += f" --plot {files['png']} --report {files['md']}"
     assert main(command.split()) == 0
     out = capsys.readouterr().out
-    assert "G/s" in out and "gelu_forward n=999" in out
+    assert "GFLOP/s" in out and "gelu_forward n=999" in out
     assert "machine" in out.splitlines()[-1].lower()
     assert all(path.stat().st_size > 100 for path in files.values())
     assert "machine" in files["md"].read_text().splitlines()[2].lower(), "the verdict comes first"
