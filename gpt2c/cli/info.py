@@ -61,7 +61,7 @@ from gpt2c.text.gpt2_vocabulary import tiktoken_cache
 
 __all__ = ["PACKAGES", "add_flags", "run_info"]
 
-Fact = tuple[str, str]  # a name, and its text
+InfoRow = tuple[str, str]  # a name, and its text
 
 SHORT = ("numpy", "cffi", "tiktoken", "safetensors")
 PACKAGES = (
@@ -111,7 +111,7 @@ def run_info(options: argparse.Namespace) -> int:
     return 0
 
 
-def _machine_rows(verbose: bool) -> list[Fact]:
+def _machine_rows(verbose: bool) -> list[InfoRow]:
     """Return the rows about this process and its machine."""
     threads = _threads()
     if verbose:
@@ -141,7 +141,7 @@ def _machine_rows(verbose: bool) -> list[Fact]:
     ]
 
 
-def rank_rows(world: World) -> list[Fact]:
+def rank_rows(world: World) -> list[InfoRow]:
     """Return a row about MPI, and one for each of several ranks; collective."""
     if not isinstance(world, Ranks):
         return [("MPI", _mpi())]
@@ -201,7 +201,7 @@ def _threads() -> int | str:
         return f"none: {error}"
 
 
-def backend_rows(threads: int | str) -> list[Fact]:
+def backend_rows(threads: int | str) -> list[InfoRow]:
     """Return a row for each backend: its peaks, or why it does not run here."""
     chosen, problem = "", ""
     try:
@@ -223,7 +223,7 @@ def backend_rows(threads: int | str) -> list[Fact]:
     return rows + ([("backend", f"none chosen: {problem}")] if problem else [])
 
 
-def install_rows() -> list[Fact]:
+def install_rows() -> list[InfoRow]:
     """Return rows about gpt2c, its installation and files, and the Python that runs it."""
     package = Path(__file__).parents[1]
     rows = [("gpt2c", f"{version('gpt2c')} in {package}"), ("installed", _installed())]
@@ -261,7 +261,7 @@ def _blas() -> str:
     return "unknown"
 
 
-def system_rows() -> list[Fact]:
+def system_rows() -> list[InfoRow]:
     """Return rows about the operating system, the C library and standard output."""
     name = f"{platform.system()} {platform.mac_ver()[0]}".strip()
     with suppress(OSError):
@@ -282,7 +282,7 @@ def system_rows() -> list[Fact]:
     ]
 
 
-def cpu_rows() -> list[Fact]:
+def cpu_rows() -> list[InfoRow]:
     """Return rows about the processor: features that backends need, caches, cores, load."""
     rows = [("CPU", f"{cpu_name()}, {platform.machine()}")]
     features = dict.fromkeys(f for name in reversed(NAMES) for f in REQUIRES[name])
@@ -360,7 +360,7 @@ def _why(threads: int | str) -> str:
     return f"{threads}, {next(variables, why)}"
 
 
-def memory_rows(threads: int | str) -> list[Fact]:
+def memory_rows(threads: int | str) -> list[InfoRow]:
     """Return rows about the memory, its speed and its limits."""
     spaces = {}
     for name, limit in (("address space", "RLIMIT_AS"), ("data", "RLIMIT_DATA")):
@@ -378,7 +378,7 @@ def memory_rows(threads: int | str) -> list[Fact]:
     ]
 
 
-def thread_rows(threads: int | str) -> list[Fact]:
+def thread_rows(threads: int | str) -> list[InfoRow]:
     """Return rows about threads: their number, the reason, and whether they start."""
     if isinstance(threads, str):
         return [("threads", threads)]
@@ -392,7 +392,7 @@ def thread_rows(threads: int | str) -> list[Fact]:
     return [*rows, ("they start", "yes")]
 
 
-def environment_rows() -> list[Fact]:
+def environment_rows() -> list[InfoRow]:
     """Return rows about the set VARIABLES, without secrets, and about tiktoken's cache."""
     rows = [("HF_TOKEN", "set" if os.environ.get("HF_TOKEN") else "unset")]
     for name, value in sorted(os.environ.items()):
