@@ -281,8 +281,8 @@ typedef struct {
 /* The floats of a block of keys, and of one of values. */
 static int64_t prepared_size(int64_t HS) { return TILE * padded(HS); }
 
-/* Block `number` of the keys and of the values, n of each; scratch (3,TILE,padded HS). Those that come after a block of
- * queries have the weight 0 there: what is finite adds nothing. */
+/* Block `number` of the keys and of the values, n of each; scratch (3,TILE,padded HS). Keys that come after
+ * the queries get the weight 0, so any finite number may stand there. */
 static inline __attribute__((always_inline)) void prepare_block(const Prepared *to, Rows keys, Rows values,
                                                                 int64_t number, int64_t n, int64_t HS, float *scratch,
                                                                 const int type) {

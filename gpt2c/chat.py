@@ -17,7 +17,7 @@ from itertools import takewhile
 from typing import Unpack
 
 from gpt2c.generate.continuation import Text, read_prompt, step
-from gpt2c.generate.sampling import GENERATORS, ChatSettings, TextSettings, shows
+from gpt2c.generate.sampling import FROM_GENERATOR, ChatSettings, TextSettings, shows
 from gpt2c.generator import Generator
 from gpt2c.kernels.checks import counted
 from gpt2c.text.chat import Message, check_messages, check_template, encode_chat
@@ -65,7 +65,7 @@ class Chat:
     ['system', 'user', 'assistant']
     """
 
-    @shows(ChatSettings, eos_token_id=GENERATORS, cache=GENERATORS)
+    @shows(ChatSettings, eos_token_id=FROM_GENERATOR, cache=FROM_GENERATOR)
     def __init__(
         self,
         generator: Generator | str | os.PathLike[str],

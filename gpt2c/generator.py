@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from gpt2c.formats.load import find_model
 from gpt2c.generate.continuation import Look, Streamed, continue_prompts
-from gpt2c.generate.sampling import GENERATORS, GenerationConfig, TextSettings, likeliest, shows
+from gpt2c.generate.sampling import FROM_GENERATOR, GenerationConfig, TextSettings, likeliest, shows
 from gpt2c.kernels.backend import Backend, BackendName
 from gpt2c.kernels.checks import check_kind, whole
 from gpt2c.kernels.memory import Array
@@ -287,7 +287,7 @@ class Generator:
         **settings: Unpack[TextSettings],
     ) -> Continuation | list[Continuation]: ...
 
-    @shows(TextSettings, eos_token_id=GENERATORS, cache=GENERATORS)
+    @shows(TextSettings, eos_token_id=FROM_GENERATOR, cache=FROM_GENERATOR)
     def generate(
         self,
         prompt: str | Sequence[str],
@@ -374,7 +374,7 @@ class Generator:
         vectors = self.model.embed([self._ids(text) for text in several])
         return vectors[0] if isinstance(texts, str) else vectors
 
-    @shows(TextSettings, eos_token_id=GENERATORS, cache=GENERATORS)
+    @shows(TextSettings, eos_token_id=FROM_GENERATOR, cache=FROM_GENERATOR)
     def stream(
         self,
         prompt: str,
@@ -421,7 +421,7 @@ class Generator:
 
         return pieces()
 
-    @shows(TextSettings, eos_token_id=GENERATORS, cache=GENERATORS)
+    @shows(TextSettings, eos_token_id=FROM_GENERATOR, cache=FROM_GENERATOR)
     def tokens(
         self,
         prompt: str,

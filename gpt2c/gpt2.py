@@ -27,7 +27,7 @@ class GPT2(CausalLM):
     seed : of the initial weights; None leaves them 0, for the caller to fill
     backend : a name of `gpt2c.backends()`, "auto", or a backend
     threads : the number of threads, with a backend's name; None is GPT2C_NUM_THREADS, else
-        OMP_NUM_THREADS, else as many as the machine allows, see `gpt2c info`
+        OMP_NUM_THREADS, else all usable cores, see `gpt2c info`
     recompute : the arrays that backward computes again instead of keeping them: None for none,
         "light" for the outputs of layernorm and GELU, "full" for all but the residual stream
         between layers (Chen et al. 2016, arXiv:1604.06174). The results are bit for bit the same

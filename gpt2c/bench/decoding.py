@@ -15,8 +15,8 @@ from gpt2c.bench.suite import (
     PROCESS_BYTES,
     QUICK_ROUNDS,
     ROUNDS,
+    SILENT,
     TORCH,
-    UNWATCHED,
     Follower,
     Measurement,
     Work,
@@ -108,7 +108,7 @@ def bench_generate(
     config: ModelConfig,
     quick: bool,
     show: Callable[[list[Measurement]], None],
-    follower: Follower = UNWATCHED,
+    follower: Follower = SILENT,
 ) -> tuple[list[Measurement], str]:
     """Time prefill and steps of decoding on every row.
 
@@ -119,7 +119,7 @@ def bench_generate(
     config : of the model
     quick : fewer samples
     show : called with the results of each work when they are complete
-    follower : called on progress through the works of WORKS
+    follower : told of the progress through the works of WORKS
 
     Returns
     -------

@@ -44,8 +44,8 @@ __all__ = [
     "QUICK_ROUNDS",
     "QUICK_STEP_ROUNDS",
     "ROUNDS",
+    "SILENT",
     "TORCH",
-    "UNWATCHED",
     "Follower",
     "Measurement",
     "Row",
@@ -164,7 +164,7 @@ class Follower:
         """Note the present step of the work."""
 
 
-UNWATCHED = Follower()
+SILENT = Follower()
 
 
 class WorkerError(ValueError):
@@ -327,7 +327,7 @@ def bench_ops(
     ceilings: Ceilings,
     quick: bool,
     show: Callable[[list[Measurement]], None],
-    follower: Follower = UNWATCHED,
+    follower: Follower = SILENT,
 ) -> tuple[list[Measurement], str]:
     """Time every op, forward and backward, on every row.
 
@@ -337,7 +337,7 @@ def bench_ops(
     ceilings : of the machine
     quick : the first shape of each op and fewer samples
     show : called with the results of each work when they are complete
-    follower : called on progress through the works of `ops_work`
+    follower : told of the progress through the works of `ops_work`
 
     Returns
     -------
@@ -364,7 +364,7 @@ def bench_train(
     recompute: str | None,
     quick: bool,
     show: Callable[[list[Measurement]], None],
-    follower: Follower = UNWATCHED,
+    follower: Follower = SILENT,
     begin: Begin | None = None,
     world: World = ALONE,
 ) -> tuple[list[Measurement], str]:
@@ -418,7 +418,7 @@ def measure(
     rounds: int,
     limit: float,
     show: Callable[[list[Measurement]], None],
-    follower: Follower = UNWATCHED,
+    follower: Follower = SILENT,
     begin: Begin | None = None,
 ) -> tuple[list[Measurement], str]:
     """Measure rows on one work after the other: they get ready, are verified, and take turns.
@@ -484,7 +484,7 @@ def take_turns(
     rounds: int,
     limit: float,
     quiet: Quiet,
-    follower: Follower = UNWATCHED,
+    follower: Follower = SILENT,
 ) -> None:
     """Sample each row once a round; a row with two samples and `limit` seconds sits out."""
     for number in range(rounds):

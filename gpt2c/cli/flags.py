@@ -41,7 +41,7 @@ def add_model(verb: argparse.ArgumentParser) -> None:
         "--threads",
         type=int,
         default=0,
-        help="number of threads (default: all cores that this process may use)",
+        help="number of threads (default: GPT2C_NUM_THREADS, else all usable cores)",
     )
 
 

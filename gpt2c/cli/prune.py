@@ -45,7 +45,7 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
     text = f"tokens that are observed, of the training part ({most})"
     verb.add_argument("--calibration-tokens", type=int, default=most, help=text)
     verb.add_argument("--backend", default="auto", help="a name that gpt2c info lists")
-    verb.add_argument("--threads", type=int, default=0, help="(0: as many as the machine allows)")
+    verb.add_argument("--threads", type=int, default=0, help="(0: all usable cores)")
 
 
 def run_prune(options: argparse.Namespace) -> int:

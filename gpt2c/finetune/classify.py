@@ -116,7 +116,7 @@ class ClassifySettings(FinetuneSettings):
             raise ValueError("folds must be 0, or at least 2, got 1")
 
 
-class Fold(NamedTuple):
+class HeldOut(NamedTuple):
     """Texts to learn from and texts held out, and the labels of both.
 
     Attributes
@@ -236,7 +236,7 @@ def _splits(
     settings: ClassifySettings,
     tokenizer: Tokenizer,
     base: AnyConfig,
-) -> list[Fold]:
+) -> list[HeldOut]:
     """Read texts and divide them: one split, or one for each fold.
 
     Texts that differ only behind what the model reads are one.
@@ -267,7 +267,7 @@ def _splits(
         )
     if settings.folds:
         groups = [each.group for each in texts] if settings.group_field else None
-        every = Fold(texts, [], [], labels, rows, cut, reasons)
+        every = HeldOut(texts, [], [], labels, rows, cut, reasons)
         fold = stratified_folds(
             *(every.numbers(texts), settings.folds, settings.seed, groups, labels)
         )
@@ -288,7 +288,7 @@ def _splits(
                 f"the label {shown(label)} has {has}, and none is left to learn from: remove the"
                 " label, or take another seed or smaller fractions"
             )
-    return [Fold(train, val, test, labels, rows, cut, reasons)]
+    return [HeldOut(train, val, test, labels, rows, cut, reasons)]
 
 
 def _divided(
@@ -317,7 +317,7 @@ class _Classify(Method):
     shown = ("accuracy",)
     unit = "nats/text"
 
-    def __init__(self, base: Base, settings: ClassifySettings, split: Fold) -> None:
+    def __init__(self, base: Base, settings: ClassifySettings, split: HeldOut) -> None:
         self.tokenizer, self._settings, self._split = base.tokenizer, settings, split
         start = base.found.config.start_token_id
         self.tokenizer.add_bos_token = start is None or start == self.tokenizer.eot
@@ -575,7 +575,7 @@ def _run(
     base: str | os.PathLike[str],
     out: Path,
     given: Mapping[str, Any],
-    split: Fold,
+    split: HeldOut,
     resume: bool,
     overwrite: bool,
 ) -> tuple[Result, _Classify]:
@@ -590,7 +590,7 @@ def _run(
     return run, made[0]
 
 
-def _compared(splits: Sequence[Fold], settings: ClassifySettings) -> dict[str, Report]:
+def _compared(splits: Sequence[HeldOut], settings: ClassifySettings) -> dict[str, Report]:
     """Return the report of each baseline, which learned the texts of each split."""
     labels = splits[0].labels
     found: dict[str, Report] = {}

@@ -304,7 +304,7 @@ def prune(
     out : the directory of the pruned model, new or empty
     layers, mlp, sparsity, method, mask_structure, calibration_tokens : what is pruned, and how: the
         fields of `gpt2c.finetune.PruneSettings`
-    backend, threads : see `gpt2c.from_pretrained`; 0 threads: as many as the machine allows
+    backend, threads : see `gpt2c.from_pretrained`; 0 threads are as None there
 
     Raises
     ------

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from gpt2c.finetune.completions import log_probabilities
 from gpt2c.model.model import Model
 from gpt2c.parallel.world import ALONE, World
 from gpt2c.text.examples import Example, divided
+from gpt2c.train.stop import Check
 
 __all__ = ["reference_of"]
 
@@ -36,7 +37,7 @@ def reference_of(
     path: Path,
     key: Mapping[str, str],
     untrained: bool,
-    check: Callable[[], None] | None = None,
+    check: Check | None = None,
     world: World = ALONE,
 ) -> NDArray[np.float64]:
     """Return the log-probabilities (N,) of all completions by the untrained model.

@@ -143,12 +143,13 @@ def sample(
     uniforms = np.random.Generator(np.random.Philox(key=list(key))).random((S, max_tokens))
     uniforms = uniforms[share.start * count : share.stop * count]
     own, error, stopped = None, "", False
+    each_step: Callable[[], None] | None = check
     if check and world.size > 1:
-        check = partial(check, here=True)
+        each_step = partial(check, here=True)
     try:
         own = _sampled(
             *(model, prompts[share], count, ends, capacity, temperature, uniforms),
-            *(unused, value, check),
+            *(unused, value, each_step),
         )
     except Diverged as diverged:
         error = str(diverged)

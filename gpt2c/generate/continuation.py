@@ -188,7 +188,7 @@ def stream(
     prompts: Sequence[Sequence[int]],
     settings: GenerationConfig,
     ends: Collection[int],
-    should_end: Sequence[ShouldEnd] | None = None,
+    should_ends: Sequence[ShouldEnd] | None = None,
     look: Look | None = None,
     unused: Sequence[int] = (),
 ) -> Iterator[Streamed]:
@@ -202,7 +202,7 @@ def stream(
     decoder : with a slot for each text
     prompts : token ids, at least one each
     settings, ends, look, unused : see `Text`
-    should_end : one for each text, in the order of the rows
+    should_ends : one for each text, in the order of the rows
 
     Returns
     -------
@@ -217,7 +217,7 @@ def stream(
             ends,
             slot,
             slot,
-            should_end[slot] if should_end else None,
+            should_ends[slot] if should_ends else None,
             look,
             unused,
         )
@@ -243,14 +243,14 @@ def continue_prompts(
     model: LanguageModel,
     prompts: list[list[int]],
     config: GenerationConfig,
-    should_end: Sequence[ShouldEnd] | None = None,
+    should_ends: Sequence[ShouldEnd] | None = None,
     look: Look | None = None,
     unused: Sequence[int] = (),
 ) -> Iterator[Streamed]:
-    """Continue prompts with a model; for `should_end`, `look` and `unused` see `stream`."""
+    """Continue prompts with a model; for `should_ends`, `look` and `unused` see `stream`."""
     ends = config.ends(model.config.vocab_size)
     longest = max(len(prompt) for prompt in prompts) + config.max_new_tokens
     capacity = min(longest, model.config.n_positions)
     count = len(prompts) * config.num_return_sequences
     decoder = model.decoder(count, capacity, config.cache)
-    return stream(decoder, prompts, config, ends, should_end, look, unused)
+    return stream(decoder, prompts, config, ends, should_ends, look, unused)

@@ -24,7 +24,7 @@ from gpt2c.kernels.checks import number, whole_or_float
 from gpt2c.model.reader import CacheType, check_cache
 
 __all__ = [
-    "GENERATORS",
+    "FROM_GENERATOR",
     "OFF",
     "ChatSettings",
     "GenerationConfig",
@@ -123,12 +123,12 @@ class RequestSettings(DrawSettings, total=False):
     stop: int | Collection[int] | None
 
 
-class _Generators:
+class _FromGenerator:
     def __repr__(self) -> str:
         return "<the generator's>"
 
 
-GENERATORS = _Generators()  # in a signature: the default is a setting of the generator
+FROM_GENERATOR = _FromGenerator()  # in a signature: the default is a setting of the generator
 
 
 def shows(settings: type[Any], **other: object) -> Callable[[F], F]:
@@ -136,7 +136,7 @@ def shows(settings: type[Any], **other: object) -> Callable[[F], F]:
 
     So `help` lists each setting of `GenerationConfig` with its default and what it does. A type
     checker and an editor find them in the TypedDict. Written by hand, the list of 14 would stand in
-    each overload of each of eight functions.
+    each overload of each of seven functions.
 
     Parameters
     ----------
@@ -149,9 +149,10 @@ def shows(settings: type[Any], **other: object) -> Callable[[F], F]:
         own = inspect.signature(function)
         *first, rest = own.parameters.values()  # `rest` stays: it takes those in `OFF`
         only = inspect.Parameter.KEYWORD_ONLY
+        kinds = get_type_hints(settings)  # as types: the function's module may lack their names
         named = [
             inspect.Parameter(name, only, default=defaults[name], annotation=kind)
-            for name, kind in get_type_hints(settings).items()  # the function's file lacks names
+            for name, kind in kinds.items()
             if name in defaults
         ]
         function.__signature__ = own.replace(  # type: ignore[attr-defined]

@@ -261,7 +261,7 @@ def check_dropout(dropout: Dropout | None, N: int) -> Dropout:
 class Pass:
     """A batch on its way through the blocks: all that a block is handed; it owns nothing.
 
-    Parameters have the name `ctx`, as in PyTorch's autograd.Function.
+    Blocks call it `ctx`, as PyTorch's autograd.Function does.
 
     Attributes
     ----------

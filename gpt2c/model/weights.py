@@ -4,7 +4,7 @@ They lie in one flat buffer with named views: what decays comes first, then the 
 trained, then what is frozen. freeze, unfreeze and add_lora lay them out again. Weights of other
 types, files' tensors, copies and pickles come in here, too.
 
-Knows nothing about losses and gradients, but for the question whether a model can have some.
+Knows nothing about losses and gradients, except whether a model can be trained.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ SMALLER = {  # the advice where a model of these weights does not fit
 class _Placed(NamedTuple):
     """The parameters' memory.
 
+    Attributes
+    ----------
     flat, shown : all of it; and what `flat_parameters` shows of it
     own, public : views by name, whose shapes C trusts; and views for others
     """
@@ -351,7 +353,7 @@ class ModelWeights(LanguageModel):
 
     def _blank(self, config: ModelConfig, weights: str) -> Self:
         """Return a model of this class and with its settings, whose weights are 0."""
-        model = type(self).__new__(type(self))  # the arguments of an old class are others
+        model = type(self).__new__(type(self))  # QuantizedGPT2's __init__ takes other arguments
         ModelWeights.__init__(
             *(model, config, None, self.backend, self.recompute),
             weights=weights,

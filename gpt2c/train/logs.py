@@ -71,6 +71,4 @@ class Logs:
             if name not in self._told:
                 self._told.add(name)
                 reason = error.strerror or error
-                report(
-                    f"{self._out / name} cannot be written ({reason}): the run continues without it"
-                )
+                report(f"{self._out / name} cannot be written ({reason}): it is left out")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from gpt2c.train.needs import check_training
 from gpt2c.train.run import LostModel, Run, check_ranks, open_run
 from gpt2c.train.settings import TrainSettings, resumed
 from gpt2c.train.sharded import optimizer_of
-from gpt2c.train.stop import interruptible
+from gpt2c.train.stop import Check, interruptible
 from gpt2c.train.tensorboard import check_tensorboard
 
 __all__ = ["reserved", "train"]
@@ -93,7 +93,7 @@ def train(
             report(_describe(run, settings, batches))
         windows = settings.batch_size, settings.block_size, settings.eval_iters
 
-        def evaluation(check: Callable[[], None] | None) -> dict[str, float]:
+        def evaluation(check: Check | None) -> dict[str, float]:
             return {"val_loss": evaluate(run.model, val_tokens, *windows, check, world)}
 
         with interruptible(world) as stop:

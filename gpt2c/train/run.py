@@ -240,7 +240,7 @@ class Run:
         self._open()
 
     def _open(self) -> None:
-        """Write the files that the directory lacks, and open the metrics."""
+        """Write the files that the directory lacks, and open the logs."""
         self._place = os.stat(self.out)
         remove_leftovers(self.out)
         if not self.saved or self.entry or self.step < self.settings.max_iters:
@@ -423,7 +423,6 @@ class Run:
             self._check_own()
             self._publish(self.saved)
             self._confirm_evaluated()
-            self._logs.sync()
 
     def _state(self) -> TrainerState:
         val_loss = None if math.isnan(self.val_loss) else self.val_loss

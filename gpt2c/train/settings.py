@@ -132,7 +132,7 @@ class Settings:
     )
     backend: str = setting("run", "auto", "auto, or a name that gpt2c info lists")
     threads: int = setting(
-        "run", 0, "number of threads; 0: all cores that this process may use", least=0, older=0
+        "run", 0, "number of threads; 0: GPT2C_NUM_THREADS, else all usable cores", least=0, older=0
     )
     recompute: str = setting("run", "none", "none, light or full: save memory, take more time")
     precision: str = setting(

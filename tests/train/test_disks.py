@@ -90,7 +90,7 @@ def test_run_goes_on_while_its_log_cannot_be_written(
 
     monkeypatch.setattr(Metrics, "append", full)
     assert train_short(data, out).step == 8
-    told = f"{out / 'metrics.jsonl'} cannot be written (No space left on device): the run continues"
+    told = f"{out / 'metrics.jsonl'} cannot be written (No space left on device): it is left out"
     assert capsys.readouterr().out.count(told) == 1
     assert [entry["step"] for entry in read_metrics(out / "metrics.jsonl")] == [1, 2, 6, 7, 8]
     assert (out / "model.safetensors").read_bytes() == (

@@ -500,10 +500,9 @@ def test_new_checkpoint_is_synced_before_the_old_one_is_removed(
     assert len(files) == 5
     assert all(place["fsync", f"{new}/{file}"] < place["fsync", new] for file in files)
     assert place["fsync", new] < renamed < place["fsync", "/checkpoints"]
-    synced = [i for i, step in enumerate(done) if step == ("fsync", "/metrics.jsonl")]
-    assert synced[0] < renamed  # of the steps before
+    assert done.index(("fsync", "/metrics.jsonl")) < renamed  # of the steps before
     amended = place["replace", "/checkpoints/00000006/state.json"]
-    assert any(renamed < i < amended for i in synced)  # of the evaluated step
+    assert renamed < place["fsync", "/metrics.jsonl"] < amended  # of the evaluated step
     published = place["replace", "/model.safetensors"]
     assert amended < published
     assert place["fsync", "/checkpoints"] < place["fsync", "/new model.safetensors"] < published
