@@ -218,7 +218,7 @@ def tune(
         record = world.first(record)
         with world.agreement():
             run, method, zeros, found = _checked(verb, kind, make, base, out, given, record, world)
-        stack.callback(run.close)
+        stack.push(run.close)
         check_ranks(run)
         with world.agreement(), run.leading() as leads:
             if leads and record is None:

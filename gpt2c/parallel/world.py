@@ -102,6 +102,7 @@ class World:
     bytes_sent : to other ranks, until now
     waited : seconds of waiting for other ranks, until now
     report : ranks, hosts, threads and MPI, to follow the description of a run
+    is_agreed : whether the error that ends the work comes on all ranks
     """
 
     rank = 0
@@ -115,6 +116,7 @@ class World:
         self.bytes_sent = 0
         self.waited = 0.0
         self.report = ""
+        self.is_agreed = False
 
     def take_cores(self, threads: int) -> int:
         """Bind this rank to its share of the host's cores; return its threads.
@@ -190,7 +192,6 @@ class Ranks(World):
         super().__init__()
         self.MPI, self.comm, self.bulk = MPI, MPI.COMM_WORLD.Dup(), MPI.COMM_WORLD.Dup()
         self.rank, self.size = self.comm.rank, self.comm.size
-        self._is_agreed = False
         host = self.MPI.Get_processor_name()
         own = host, sorted(AFFINITY), available_bytes()
         self._places = [Place(*found) for found in self.all(own)]
@@ -314,7 +315,7 @@ class Ranks(World):
         bad = [rank for rank, text in enumerate(told) if text is not None]
         if not bad:
             return
-        self._is_agreed = True
+        self.is_agreed = True
         if self.rank:
             raise SystemExit(FAILED)
         if error is not None:
@@ -324,16 +325,16 @@ class Ranks(World):
     @contextmanager
     def guard(self, *agreed: type[Exception]) -> Iterator[None]:
         """See `World`."""
-        self._is_agreed = False
+        self.is_agreed = False
         try:
             yield
         except agreed:
-            self._is_agreed = True  # for a guard around this one
+            self.is_agreed = True  # for a guard around this one
             if self.rank:
                 raise SystemExit(FAILED) from None
             raise
         except BaseException as error:
-            if self._is_agreed:
+            if self.is_agreed:
                 raise
             if not isinstance(error, ValueError | OSError | MemoryError | KeyboardInterrupt):
                 traceback.print_exc()

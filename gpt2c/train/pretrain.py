@@ -86,7 +86,7 @@ def train(
         run, settings, batches, val_tokens = _prepare(
             *(data, out, given, resume, overwrite, held), world, stack
         )
-        stack.callback(run.close)
+        stack.push(run.close)
         finished = run.step == settings.max_iters and not run.entry
         if run.step < settings.max_iters:
             report(_describe(run, settings, batches))

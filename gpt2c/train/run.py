@@ -514,10 +514,18 @@ class Run:
         self._write_model(checkpoint, self.out)
         self._published = checkpoint
 
-    def close(self) -> None:
-        """Close the files and the exchange."""
+    def close(self, kind: type[BaseException] | None = None, *_: object) -> None:
+        """Close the files and, where all ranks end alike, the exchange.
+
+        After an error of this rank alone the others may send nothing more: `World.guard` ends them.
+
+        Parameters
+        ----------
+        kind : the type of the error that ends the run, which comes as to an exit of `with`
+        """
+        alike = kind is None or issubclass(kind, LostModel) or self.world.is_agreed
         try:
-            if self.exchange is not None:
+            if self.exchange is not None and alike:
                 self.exchange.close()
         finally:  # also where other ranks are gone
             self._close_logs()

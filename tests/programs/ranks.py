@@ -432,6 +432,19 @@ def raises(data: str, out: str) -> None:
     train(data, Path(out) / "raises", max_iters=100)
 
 
+def stays(data: str, out: str) -> None:
+    """Raise an error on rank 1, whose gradients are on their way, while rank 0 does not come."""
+
+    def broken(self: Exchange) -> None:
+        raise RuntimeError("a broken disk")
+
+    if world().rank == 1:
+        replace(Exchange, "finish", broken)
+    else:
+        replace(Batches, "windows", lambda *_: time.sleep(60))
+    train(data, Path(out) / "stays", mpi_timeout=4.0)
+
+
 def signalled(data: str, out: str, rank: str) -> None:
     """Train until a signal comes, to this rank in its third step or to mpiexec."""
     if rank and world().rank == int(rank):
