@@ -11,12 +11,14 @@ moves a few kilobytes at each look. Knows nothing about models.
 
 from __future__ import annotations
 
+import argparse
 import faulthandler
 import functools
 import json
 import math
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -369,10 +371,24 @@ def join() -> World:
     ValueError : a launcher has started several processes, and MPI does not connect them
     """
     place = launched()
-    if place is None or place.size == 1:
-        return ALONE
+    return ALONE if place is None or place.size == 1 else _wait_until_all_ranks_start(place)
+
+
+def _start_limit(words: Sequence[str]) -> float:
+    """Return the seconds until all ranks must have started: the command's --mpi-timeout, if any."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    flags.add_argument("--mpi-timeout", "--mpi_timeout", type=float, default=TIMEOUT)
+    try:
+        limit: float = flags.parse_known_args(words)[0].mpi_timeout
+    except argparse.ArgumentError:  # refused later, by all ranks
+        limit = TIMEOUT
+    return limit if 1 <= limit < threading.TIMEOUT_MAX else TIMEOUT
+
+
+def _wait_until_all_ranks_start(place: Launched) -> World:
+    """Start MPI: see `join`. The name is what a rank that waits in vain tells."""
     # MPI waits without a limit until all ranks have come, and no Python runs meanwhile.
-    faulthandler.dump_traceback_later(TIMEOUT, exit=True, file=2)
+    faulthandler.dump_traceback_later(_start_limit(sys.argv), exit=True, file=2)
     try:
         import mpi4py
 

@@ -319,17 +319,21 @@ def refusals(data: str, out: str) -> None:
         ("zero must be 0 or 1, got 2", ["--zero=2"]),
         ("transport must be fp32 or bf16, got 'fp16'", ["--transport=fp16"]),
         ("/nowhere.toml: no such recipe; gpt2c comes with", ["--config=/nowhere.toml"]),
+        (f"--resume continues the run in {bad} and --overwrite", ["--resume", "--overwrite"]),
+        (
+            "rank 1: argument --keep: invalid int value: 'two'",
+            [f"--keep={'two' if ranks.rank else 2}"],
+        ),
+        ("rank 1: unrecognized argument more", ["more"] if ranks.rank else []),
     ]
     calls = [(said, ["train", "--data", data, *flags, *given]) for said, given in cases]
     # A rank that was started otherwise may have other flags, unknown ones, or another verb.
-    for began, other in (
-        ("train --data --out --resume", ["train", "--data", data, "--resume"]),
-        ("train --out --typo", ["train", "--typo"]),
-        ("sft --out", ["sft", "base", "examples.jsonl"]),
+    for differs, other in (
+        ("with '--resume'", ["train", "--data", data, "--resume"]),
+        ("with '--typo' and without '--data'", ["train", "--typo"]),
+        ("with 'sft' and without 'train --data'", ["sft", "base", "examples.jsonl"]),
     ):
-        said = (
-            f"rank 1 was started with 'gpt2c {began}', and rank 0 with 'gpt2c train --data --out'"
-        )
+        said = f"rank 1 was started {differs}, unlike rank 0: start all ranks with the same"
         calls.append((said, other if ranks.rank == 1 else ["train", "--data", data]))
     for said, words in calls:
         errors = io.StringIO()
