@@ -390,6 +390,7 @@ class _Classify(Method):
             more, d_scores = weighted_cross_entropy(found, labels[part], weights[part], total)
             loss += more
             if not math.isfinite(loss):
+                run.send()
                 break
             run.model.backward(d_scores=d_scores, final=run.final)
             right += int((found.argmax(1) == labels[part]).sum())

@@ -130,7 +130,8 @@ class Method(ABC):
 
         They are those of this rank's examples, `run.world.share` of the step's, divided by counts
         of the whole step. Loss, tokens and metrics are of the whole step: `run.world.sum`. The
-        share is read in `run.parts`, and each backward pass gets `run.final`.
+        share is read in `run.parts`, and each backward pass gets `run.final`; `run.send` is called
+        where there is none.
         """
 
     def publish(self, checkpoint: Path, out: Path) -> None:

@@ -342,13 +342,21 @@ class Run:
     def parts(self, parts: Iterable[T]) -> Iterator[T]:
         """Yield the parts of this rank's share of a step.
 
-        With the last one, `final` sends gradients to other ranks while backward goes on.
+        With the last one, `final` sends gradients to other ranks while backward goes on. A share
+        may have no parts.
         """
         self.final, every = None, [*parts]
         for number, part in enumerate(every, 1):
             if self.exchange is not None and number == len(every):
                 self.final = self.exchange.send
             yield part
+        if not every:
+            self.send()
+
+    def send(self) -> None:
+        """Send the gradients as they are, where no backward pass does: others wait for them."""
+        if self.exchange is not None:
+            self.exchange.send(self.model.trained)
 
     def log(self) -> None:
         """Write the last step's metrics, with the run's duration and the time of day.
