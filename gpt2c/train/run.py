@@ -413,12 +413,16 @@ class Run:
         OSError : it cannot be written, and the last one is whole; or the run's path leads to
             another directory; on rank 0 alone
         """
+        refused: OSError | None = None
         try:
             with self.leading() as leads:
                 if leads:
                     self._save()
-        finally:
-            self.saved_step = self.world.first(self.saved_step)
+        except OSError as error:  # after which all ranks go on; another error ends them
+            refused = error
+        self.saved_step = self.world.first(self.saved_step)
+        if refused:
+            raise refused
 
     def _save(self) -> None:
         try:

@@ -33,7 +33,8 @@ from gpt2c.parallel.gradients import Exchange
 from gpt2c.parallel.world import Ranks, first_voice, join
 from gpt2c.text.batches import Batches
 from gpt2c.train import checkpoints, hooks, loop, pretrain
-from gpt2c.train.sharded import optimizer_of
+from gpt2c.train.run import Run
+from gpt2c.train.sharded import ShardedAdamW, optimizer_of
 from programs.common import main
 
 
@@ -447,6 +448,23 @@ def stays(data: str, out: str) -> None:
     else:
         replace(Batches, "windows", lambda *_: time.sleep(60))
     train(data, Path(out) / "stays", mpi_timeout=4.0)
+
+
+def serves(data: str, out: str) -> None:
+    """Raise an error on rank 1, which serves rank 0 with its moments at the first save."""
+
+    def failed(self: ShardedAdamW) -> None:
+        raise MemoryError("a bucket does not fit")
+
+    if world().rank == 1:
+        share = Run.share
+
+        def shared(self: Run) -> None:
+            share(self)  # the start is over, where it serves, too
+            replace(ShardedAdamW, "serve", failed)
+
+        replace(Run, "share", shared)
+    train(data, Path(out) / "serves", mpi_timeout=4.0)
 
 
 def signalled(data: str, out: str, rank: str) -> None:
