@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gpt2c.cli import bench as cli_bench
 from gpt2c.cli import chat as cli_chat
@@ -35,7 +35,7 @@ from gpt2c.evaluate.figures import written
 from gpt2c.files.atomic import reason
 from gpt2c.files.names import check_named
 from gpt2c.parallel.same import check_command
-from gpt2c.parallel.world import first_voice, join, require_alone
+from gpt2c.parallel.world import ALONE, first_voice, join, require_alone
 from gpt2c.screen.command import command
 from gpt2c.screen.terminal import Door, one_line, open_door
 from gpt2c.train.loop import TrainResult
@@ -55,8 +55,22 @@ ANY_TEXT = (
 FLAG = re.compile("--[A-Za-z][A-Za-z0-9_-]*")
 
 
+class Misused(ValueError):
+    """Arguments that a parser refuses."""
+
+    def __init__(self, parser: argparse.ArgumentParser, message: str) -> None:
+        super().__init__(message)
+        self.parser = parser
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, except that it keeps a value of two dashes."""
+    """argparse's parser, except that it keeps a value of two dashes, and raises its errors.
+
+    argparse would end the process, and the other ranks of mpiexec would wait for it.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        raise Misused(self, message)
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         if arg_strings == ["--"] and action.option_strings:
@@ -91,18 +105,23 @@ def _run(arguments: list[str], out: Door) -> int:
         cli_distill.run_distill,
     )
     trains = verb.get_default("run") in own  # they have handlers of their own
-    if trains and verb.get_default("run") is not run_demo and not {"-h", "--help"} & {*words}:
-        try:  # before the flags are read, which may end one rank alone
-            check_command(join(), _spoken(words, place))
-        except ValueError as error:
-            _complain(str(error))
-            return 2
-    if place:
-        arguments[place:] = _for_argparse(arguments[place:], verb)
-    with first_voice(errors=True):  # all ranks of mpiexec have the same arguments
-        options, unknown = top.parse_known_args(arguments)
-        if unknown:
-            options.verb.error(_unknown_flag(unknown[0], options.verb))
+    world = ALONE
+    try:
+        if trains and verb.get_default("run") is not run_demo and not {"-h", "--help"} & {*words}:
+            world = join()
+            check_command(world, _spoken(words, place))
+        if place:
+            arguments[place:] = _for_argparse(arguments[place:], verb)
+        with world.agreement(), first_voice(errors=True):
+            options, unknown = top.parse_known_args(arguments)
+            if unknown:
+                options.verb.error(_unknown_flag(unknown[0], options.verb))
+    except Misused as error:
+        with first_voice(errors=True):
+            argparse.ArgumentParser.error(error.parser, str(error))
+    except ValueError as error:
+        _complain(str(error))
+        return 2
     options.words = words
     out.needed = options.shows
     try:

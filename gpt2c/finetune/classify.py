@@ -49,6 +49,7 @@ from gpt2c.text.ragged import Order, held_out, parts
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.directory import read_record, report, write_result
 from gpt2c.train.hooks import Learned
+from gpt2c.train.logs import Logs
 from gpt2c.train.loop import dropout_of
 from gpt2c.train.run import LostModel, Run
 from gpt2c.train.settings import resumed, setting
@@ -390,6 +391,7 @@ class _Classify(Method):
             more, d_scores = weighted_cross_entropy(found, labels[part], weights[part], total)
             loss += more
             if not math.isfinite(loss):
+                run.send()
                 break
             run.model.backward(d_scores=d_scores, final=run.final)
             right += int((found.argmax(1) == labels[part]).sum())
@@ -545,8 +547,9 @@ def _classify(
         _compared(splits, own) if baselines and world.rank == 0 else {},
     )
     if world.rank == 0:
-        stored = {} if own.folds else read_json(out / RESULT_FILE)
-        write_result(out, "classify", stored | {"test": found.figures()})
+        with Logs(out, tensorboard=False).writing(RESULT_FILE):
+            stored = {} if own.folds else read_json(out / RESULT_FILE)
+            write_result(out, "classify", stored | {"test": found.figures()})
     return found
 
 

@@ -183,6 +183,7 @@ class Judging(Method):
             examples, values = self._read(judge, run.model, own[part], keep=True)
             found.append(judge(own[part], values))
             if not np.isfinite(found[-1].losses).all():
+                run.send()
                 break
             slopes = found[-1].slopes.reshape(-1) / len(units)
             judge.push(run.model, examples, slopes, run.final)

@@ -48,7 +48,6 @@ from gpt2c.train.directory import (
     newest_checkpoint,
     read_record,
     report,
-    write_result,
 )
 from gpt2c.train.hooks import Learned, evaluated
 from gpt2c.train.loop import train_run
@@ -130,7 +129,8 @@ class Method(ABC):
 
         They are those of this rank's examples, `run.world.share` of the step's, divided by counts
         of the whole step. Loss, tokens and metrics are of the whole step: `run.world.sum`. The
-        share is read in `run.parts`, and each backward pass gets `run.final`.
+        share is read in `run.parts`, and each backward pass gets `run.final`; `run.send` is called
+        where there is none.
         """
 
     def publish(self, checkpoint: Path, out: Path) -> None:
@@ -218,7 +218,7 @@ def tune(
         record = world.first(record)
         with world.agreement():
             run, method, zeros, found = _checked(verb, kind, make, base, out, given, record, world)
-        stack.callback(run.close)
+        stack.push(run.close)
         check_ranks(run)
         with world.agreement(), run.leading() as leads:
             if leads and record is None:
@@ -262,7 +262,7 @@ def tune(
                     return Result(out, 0, run.settings.max_iters, 0, 0.0, {}, {}, True)
                 report(f"before: {evaluated(before, method.unit, method.shown)}")
                 if world.rank == 0:
-                    write_result(out, verb, {"before": before})
+                    run.finish(verb, {"before": before})
             method.begin(run)
             done = train_run(run, learn, evaluation, stop, method.shown, method.unit)
         result = Result(
@@ -270,7 +270,7 @@ def tune(
             *(before, {} if done.interrupted else after, done.interrupted, run.seconds),
         )
         if world.rank == 0:
-            write_result(out, verb, dataclasses.asdict(result) | {"out": str(out)})
+            run.finish(verb, dataclasses.asdict(result) | {"out": str(out)})
         return result
 
 

@@ -25,9 +25,14 @@ def check_command(world: World, own: str) -> None:
         return
     if world.rank:
         raise SystemExit(FAILED)
+    words, wanted = others[bad - 1].split(), first.split()
+    more = " ".join(word for word in words if word not in wanted)
+    less = " ".join(word for word in wanted if word not in words)
+    pairs = [("with", more), ("without", less)]
+    told = " and ".join(f"{how} {names!r:.200}" for how, names in pairs if names)
     raise ValueError(
-        f"rank {bad} was started with {others[bad - 1]!r:.200}, and rank 0 with {first!r:.200}:"
-        " start all ranks with the same command and the same flags"
+        f"rank {bad} was started {told}, unlike rank 0: start all ranks with the same command and"
+        " the same flags"
     )
 
 

@@ -11,12 +11,14 @@ moves a few kilobytes at each look. Knows nothing about models.
 
 from __future__ import annotations
 
+import argparse
 import faulthandler
 import functools
 import json
 import math
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -102,6 +104,7 @@ class World:
     bytes_sent : to other ranks, until now
     waited : seconds of waiting for other ranks, until now
     report : ranks, hosts, threads and MPI, to follow the description of a run
+    is_agreed : whether the error that ends the work comes on all ranks
     """
 
     rank = 0
@@ -115,6 +118,7 @@ class World:
         self.bytes_sent = 0
         self.waited = 0.0
         self.report = ""
+        self.is_agreed = False
 
     def take_cores(self, threads: int) -> int:
         """Bind this rank to its share of the host's cores; return its threads.
@@ -190,7 +194,6 @@ class Ranks(World):
         super().__init__()
         self.MPI, self.comm, self.bulk = MPI, MPI.COMM_WORLD.Dup(), MPI.COMM_WORLD.Dup()
         self.rank, self.size = self.comm.rank, self.comm.size
-        self._is_agreed = False
         host = self.MPI.Get_processor_name()
         own = host, sorted(AFFINITY), available_bytes()
         self._places = [Place(*found) for found in self.all(own)]
@@ -314,7 +317,7 @@ class Ranks(World):
         bad = [rank for rank, text in enumerate(told) if text is not None]
         if not bad:
             return
-        self._is_agreed = True
+        self.is_agreed = True
         if self.rank:
             raise SystemExit(FAILED)
         if error is not None:
@@ -324,16 +327,16 @@ class Ranks(World):
     @contextmanager
     def guard(self, *agreed: type[Exception]) -> Iterator[None]:
         """See `World`."""
-        self._is_agreed = False
+        self.is_agreed = False
         try:
             yield
         except agreed:
-            self._is_agreed = True  # for a guard around this one
+            self.is_agreed = True  # for a guard around this one
             if self.rank:
                 raise SystemExit(FAILED) from None
             raise
         except BaseException as error:
-            if self._is_agreed:
+            if self.is_agreed:
                 raise
             if not isinstance(error, ValueError | OSError | MemoryError | KeyboardInterrupt):
                 traceback.print_exc()
@@ -368,10 +371,24 @@ def join() -> World:
     ValueError : a launcher has started several processes, and MPI does not connect them
     """
     place = launched()
-    if place is None or place.size == 1:
-        return ALONE
+    return ALONE if place is None or place.size == 1 else _wait_until_all_ranks_start(place)
+
+
+def _start_limit(words: Sequence[str]) -> float:
+    """Return the seconds until all ranks must have started: the command's --mpi-timeout, if any."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    flags.add_argument("--mpi-timeout", "--mpi_timeout", type=float, default=TIMEOUT)
+    try:
+        limit: float = flags.parse_known_args(words)[0].mpi_timeout
+    except argparse.ArgumentError:  # refused later, by all ranks
+        limit = TIMEOUT
+    return limit if 1 <= limit < threading.TIMEOUT_MAX else TIMEOUT
+
+
+def _wait_until_all_ranks_start(place: Launched) -> World:
+    """Start MPI: see `join`. The name is what a rank that waits in vain tells."""
     # MPI waits without a limit until all ranks have come, and no Python runs meanwhile.
-    faulthandler.dump_traceback_later(TIMEOUT, exit=True, file=2)
+    faulthandler.dump_traceback_later(_start_limit(sys.argv), exit=True, file=2)
     try:
         import mpi4py
 

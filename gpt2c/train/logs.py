@@ -36,12 +36,13 @@ class Logs:
 
     def open(self, step: int) -> None:
         """Open the files without their entries after a step, which will be written again."""
-        metrics, events = self._out / METRICS_FILE, self._out / EVENTS
+        entries: list[dict[str, Any]] = []
         with self.writing(METRICS_FILE):
-            self._open[METRICS_FILE] = Metrics(metrics, step, report)
+            self._open[METRICS_FILE] = Metrics(self._out / METRICS_FILE, step, report)
+            entries = read_metrics(self._out / METRICS_FILE)
         if self._tensorboard:
             with self.writing(EVENTS):
-                self._open[EVENTS] = Events(events, read_metrics(metrics))
+                self._open[EVENTS] = Events(self._out / EVENTS, entries)
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Write the metrics of a step."""

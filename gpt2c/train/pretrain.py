@@ -78,16 +78,12 @@ def train(
 
     Before any other error after the first step, the run is saved.
     """
-    if resume and overwrite:
-        raise ValueError(
-            f"--resume continues the run in {out} and --overwrite removes it: pass one of them"
-        )
     given, world = given or {}, join()
     with world.guard(LostModel), ExitStack() as stack:
         run, settings, batches, val_tokens = _prepare(
             *(data, out, given, resume, overwrite, held), world, stack
         )
-        stack.callback(run.close)
+        stack.push(run.close)
         finished = run.step == settings.max_iters and not run.entry
         if run.step < settings.max_iters:
             report(_describe(run, settings, batches))
@@ -168,6 +164,10 @@ def _prepare(
     """
     record: dict[str, Any] | None = None
     with world.agreement():
+        if resume and overwrite:
+            raise ValueError(
+                f"--resume continues the run in {out} and --overwrite removes it: pass one of them"
+            )
         if world.rank == 0 and not resume:
             atomic.check_apart(out, data)
         elif world.rank == 0:

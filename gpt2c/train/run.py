@@ -203,7 +203,8 @@ class Run:
                 through(self.out / name).unlink(missing_ok=True)
         if (self.out / CHECKPOINTS).is_dir():
             checkpoints.clear(self.out / CHECKPOINTS)
-        tensorboard.clear(self.out / EVENTS)
+        with self._logs.writing(EVENTS):
+            tensorboard.clear(self.out / EVENTS)
         for path in (self.out / ROLLOUTS).glob("*.safetensors"):
             path.unlink()
 
@@ -319,13 +320,21 @@ class Run:
     def parts(self, parts: Iterable[T]) -> Iterator[T]:
         """Yield the parts of this rank's share of a step.
 
-        With the last one, `final` sends gradients to other ranks while backward goes on.
+        With the last one, `final` sends gradients to other ranks while backward goes on. A share
+        may have no parts.
         """
         self.final, every = None, [*parts]
         for number, part in enumerate(every, 1):
             if self.exchange is not None and number == len(every):
                 self.final = self.exchange.send
             yield part
+        if not every:
+            self.send()
+
+    def send(self) -> None:
+        """Send the gradients as they are, where no backward pass does: others wait for them."""
+        if self.exchange is not None:
+            self.exchange.send(self.model.trained)
 
     def log(self) -> None:
         """Write the last step's metrics, with the run's duration and the time of day."""
@@ -374,12 +383,16 @@ class Run:
         OSError : it cannot be written, and the last one is whole; or the run's path leads to
             another directory; on rank 0 alone
         """
+        refused: OSError | None = None
         try:
             with self.leading() as leads:
                 if leads:
                     self._save()
-        finally:
-            self.saved_step = self.world.first(self.saved_step)
+        except OSError as error:  # after which all ranks go on; another error ends them
+            refused = error
+        self.saved_step = self.world.first(self.saved_step)
+        if refused:
+            raise refused
 
     def _save(self) -> None:
         try:
@@ -476,10 +489,18 @@ class Run:
         self._write_model(checkpoint, self.out)
         self._published = checkpoint
 
-    def close(self) -> None:
-        """Close the files and the exchange."""
+    def close(self, kind: type[BaseException] | None = None, *_: object) -> None:
+        """Close the files and, where all ranks end alike, the exchange.
+
+        After an error of this rank alone the others may send nothing more: `World.guard` ends them.
+
+        Parameters
+        ----------
+        kind : the type of the error that ends the run, which comes as to an exit of `with`
+        """
+        alike = kind is None or issubclass(kind, LostModel) or self.world.is_agreed
         try:
-            if self.exchange is not None:
+            if self.exchange is not None and alike:
                 self.exchange.close()
         finally:  # also where other ranks are gone
             self._logs.close()

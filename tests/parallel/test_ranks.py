@@ -177,6 +177,16 @@ def test_job_ends_with_the_reason_of_a_rank(data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "raises" / "checkpoints").is_dir()
 
 
+def test_rank_that_fails_does_not_wait_for_others(data: Path, tmp_path: Path) -> None:
+    said = launch(2, "stays", data, tmp_path, status=2)
+    assert said.count("gpt2c: rank 1: a broken disk\n") == 1 and "--mpi-timeout" not in said
+
+
+def test_rank_that_fails_in_a_save_tells_its_own_reason(data: Path, tmp_path: Path) -> None:
+    said = launch(2, "serves", data, tmp_path, status=2)
+    assert said.count("gpt2c: rank 1: a bucket does not fit\n") == 1
+
+
 @pytest.mark.parametrize("who", ["mpiexec", "a rank"])
 def test_signal_saves_and_stops_all_ranks(
     data: Path, tmp_path: Path, who: str, monkeypatch: pytest.MonkeyPatch

@@ -106,6 +106,23 @@ def test_only_the_first_rank_prints(
     assert capsys.readouterr().out == "0\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "limit"),
+    [
+        ("train --mpi-timeout 7 --data d", 7),
+        ("train --mpi_timeout=7.5", 7.5),
+        ("train --mpi-timeout=1e4", 1e4),
+        ("train --mpi-timeout=inf", 600),
+        ("train --mpi-timeout=never", 600),
+        ("train --mpi-timeout", 600),
+        ("train --mpi-timeout=0", 600),
+        ("info", 600),
+    ],
+)
+def test_ranks_must_start_within_the_time_of_the_command(words: str, limit: float) -> None:
+    assert world._start_limit(["gpt2c", *words.split()]) == limit
+
+
 class Told(World):
     """A world whose second rank has told other facts."""
 

@@ -33,7 +33,8 @@ from gpt2c.parallel.gradients import Exchange
 from gpt2c.parallel.world import Ranks, first_voice, join
 from gpt2c.text.batches import Batches
 from gpt2c.train import checkpoints, hooks, loop, pretrain
-from gpt2c.train.sharded import optimizer_of
+from gpt2c.train.run import Run
+from gpt2c.train.sharded import ShardedAdamW, optimizer_of
 from programs.common import main
 
 
@@ -319,17 +320,21 @@ def refusals(data: str, out: str) -> None:
         ("zero must be 0 or 1, got 2", ["--zero=2"]),
         ("transport must be fp32 or bf16, got 'fp16'", ["--transport=fp16"]),
         ("/nowhere.toml: no such recipe; gpt2c comes with", ["--config=/nowhere.toml"]),
+        (f"--resume continues the run in {bad} and --overwrite", ["--resume", "--overwrite"]),
+        (
+            "rank 1: argument --keep: invalid int value: 'two'",
+            [f"--keep={'two' if ranks.rank else 2}"],
+        ),
+        ("rank 1: unrecognized argument more", ["more"] if ranks.rank else []),
     ]
     calls = [(said, ["train", "--data", data, *flags, *given]) for said, given in cases]
     # A rank that was started otherwise may have other flags, unknown ones, or another verb.
-    for began, other in (
-        ("train --data --out --resume", ["train", "--data", data, "--resume"]),
-        ("train --out --typo", ["train", "--typo"]),
-        ("sft --out", ["sft", "base", "examples.jsonl"]),
+    for differs, other in (
+        ("with '--resume'", ["train", "--data", data, "--resume"]),
+        ("with '--typo' and without '--data'", ["train", "--typo"]),
+        ("with 'sft' and without 'train --data'", ["sft", "base", "examples.jsonl"]),
     ):
-        said = (
-            f"rank 1 was started with 'gpt2c {began}', and rank 0 with 'gpt2c train --data --out'"
-        )
+        said = f"rank 1 was started {differs}, unlike rank 0: start all ranks with the same"
         calls.append((said, other if ranks.rank == 1 else ["train", "--data", data]))
     for said, words in calls:
         errors = io.StringIO()
@@ -430,6 +435,36 @@ def raises(data: str, out: str) -> None:
 
         replace(Batches, "windows", windows)
     train(data, Path(out) / "raises", max_iters=100)
+
+
+def stays(data: str, out: str) -> None:
+    """Raise an error on rank 1, whose gradients are on their way, while rank 0 does not come."""
+
+    def broken(self: Exchange) -> None:
+        raise RuntimeError("a broken disk")
+
+    if world().rank == 1:
+        replace(Exchange, "finish", broken)
+    else:
+        replace(Batches, "windows", lambda *_: time.sleep(60))
+    train(data, Path(out) / "stays", mpi_timeout=4.0)
+
+
+def serves(data: str, out: str) -> None:
+    """Raise an error on rank 1, which serves rank 0 with its moments at the first save."""
+
+    def failed(self: ShardedAdamW) -> None:
+        raise MemoryError("a bucket does not fit")
+
+    if world().rank == 1:
+        share = Run.share
+
+        def shared(self: Run) -> None:
+            share(self)  # the start is over, where it serves, too
+            replace(ShardedAdamW, "serve", failed)
+
+        replace(Run, "share", shared)
+    train(data, Path(out) / "serves", mpi_timeout=4.0)
 
 
 def signalled(data: str, out: str, rank: str) -> None:
