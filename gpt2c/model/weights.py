@@ -297,6 +297,7 @@ class ModelWeights(LanguageModel):
         Raises
         ------
         ValueError : the model has no adapters
+        RuntimeError : another thread computes with this model
         MemoryError : the weights do not fit
 
         Examples
@@ -311,15 +312,16 @@ class ModelWeights(LanguageModel):
         """
         if self.config.lora is None:
             raise ValueError("the model has no adapters to merge")
-        config: ModelConfig = dataclasses.replace(self.config, lora=None)  # type: ignore[type-var]
-        model, own = self._blank(config, "fp32"), self._parameters
-        for name, parameter in model._parameters.items():
-            parameter[...] = restored(own, name)
-        for linear in self._stack.linears():
-            if linear.adapter is not None:
-                change = own[linear.adapter.up] @ own[linear.adapter.down]
-                change *= np.float32(linear.adapter.scale)
-                model._parameters[linear.weight] += change
+        with self._owner.alone():
+            config: ModelConfig = dataclasses.replace(self.config, lora=None)  # type: ignore[type-var]
+            model, own = self._blank(config, "fp32"), self._parameters
+            for name, parameter in model._parameters.items():
+                parameter[...] = restored(own, name)
+            for linear in self._stack.linears():
+                if linear.adapter is not None:
+                    change = own[linear.adapter.up] @ own[linear.adapter.down]
+                    change *= np.float32(linear.adapter.scale)
+                    model._parameters[linear.weight] += change
         return model
 
     def _check_can_train(self) -> None:
@@ -448,6 +450,7 @@ class ModelWeights(LanguageModel):
         ------
         ValueError : another type, weights that are not fp32 now, or a weight that is not finite or
             beyond fp16's range
+        RuntimeError : another thread computes with this model
         MemoryError : the weights do not fit
 
         Examples
@@ -462,8 +465,9 @@ class ModelWeights(LanguageModel):
             raise ValueError(
                 f"the model already has {self.weights} weights: start from one with fp32 weights"
             )
-        model = self._blank(self.config, weights)
-        model.load_parameters(self._parameters, "the model")
+        with self._owner.alone():
+            model = self._blank(self.config, weights)
+            model.load_parameters(self._parameters, "the model")
         return model
 
     def _fill(self, parameter: Array, tensor: NDArray[Any]) -> None:

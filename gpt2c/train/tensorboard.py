@@ -7,7 +7,7 @@ of that file tells an open TensorBoard to forget the events that it read before.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -88,11 +88,13 @@ class Events:
 
 
 def check_tensorboard() -> None:
-    """Refuse to begin without tensorboardX.
+    """Refuse to begin without tensorboardX; import it, which takes seconds, before a run does.
 
     Raises
     ------
     ValueError : tensorboardX is not installed
     """
-    if importlib.util.find_spec("tensorboardX") is None:
-        raise ValueError("tensorboard needs tensorboardX: pip install tensorboardX")
+    try:
+        importlib.import_module("tensorboardX.event_file_writer")
+    except ImportError:
+        raise ValueError("tensorboard needs tensorboardX: pip install tensorboardX") from None

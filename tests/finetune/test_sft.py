@@ -24,6 +24,7 @@ from gpt2c.finetune.tune import Base
 from gpt2c.formats.load import find_model
 from gpt2c.text.examples import Example, Record, supervised
 from gpt2c.text.tokenizer import Tokenizer
+from gpt2c.train import run as run_module
 
 QUICK: dict[str, Any] = {
     "learning_rate": 0.01, "max_iters": 8, "eval_interval": 4, "batch_size": 6, "eval_answers": 4,
@@ -162,7 +163,7 @@ def test_figures_outlive_a_kill_before_the_result_is_written(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, rows = tmp_path / "run", capitals(30)
-    real, kept = tune_module.write_result, []
+    real, kept = run_module.write_result, []
 
     def write(path: Path, verb: str, entries: Any) -> None:
         if "step" in entries and not kept:
@@ -170,7 +171,7 @@ def test_figures_outlive_a_kill_before_the_result_is_written(
             raise Killed
         real(path, verb, entries)
 
-    monkeypatch.setattr(tune_module, "write_result", write)
+    monkeypatch.setattr(run_module, "write_result", write)
     with pytest.raises(Killed):
         sft(base, rows, out, **QUICK)
     again = sft(base, rows, out, resume=True)
@@ -380,3 +381,11 @@ def test_damaged_result_is_written_again(base: Path, tmp_path: Path) -> None:
         (out / "result.json").write_text(content)
         again = sft(base, capitals(30), out, resume=True)
         assert (again.before, again.after) == ({}, done.after)
+
+
+def test_run_does_without_its_result(base: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "run" / "result.json").mkdir(parents=True)
+    result = sft(base, capitals(30), tmp_path / "run", overwrite=True, **QUICK | {"max_iters": 4})
+    assert result.step == 4
+    told = f"{tmp_path}/run/result.json cannot be written (Is a directory): it is left out\n"
+    assert capsys.readouterr().out.count(told) == 1

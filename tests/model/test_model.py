@@ -664,6 +664,17 @@ def in_thread(call: Callable[[], Any]) -> Any:
     return out[0]
 
 
+@pytest.mark.parametrize("name", ["quantize", "merge", "freeze"])
+def test_weights_are_not_read_or_moved_while_another_thread_computes(name: str) -> None:
+    model = GPT2(GPT2Config(vocab_size=61, n_layer=1, n_head=2, n_embd=16), seed=1)
+    model.add_lora(r=2)
+    arguments = {"quantize": ["int8"], "merge": [], "freeze": ["*.lora_A.weight"]}[name]
+    with model._owner.alone():
+        error = in_thread(lambda: getattr(model, name)(*arguments))
+    assert isinstance(error, RuntimeError) and "another thread computes" in str(error)
+    in_thread(lambda: getattr(model, name)(*arguments))
+
+
 def interrupted_at(number: int, call: Callable[[], Any]) -> bool:
     """Call; raise KeyboardInterrupt before this bytecode instruction around the claim, if any."""
     count = 0

@@ -20,7 +20,7 @@ from gpt2c.cli.main import main
 from gpt2c.files import atomic, untrusted
 from gpt2c.gpt2 import GPT2
 from gpt2c.text.prepare import prepare
-from gpt2c.train import checkpoints, directory, hooks, loop, pretrain
+from gpt2c.train import checkpoints, directory, hooks, loop, pretrain, tensorboard
 from gpt2c.train.metrics import Metrics, read_metrics
 
 pytestmark = pytest.mark.usefixtures("no_picture")
@@ -137,6 +137,26 @@ def test_run_goes_on_where_tensorboard_cannot_be_written(
     (tmp_path / "run" / "tensorboard").touch()
     assert train_short(data, tmp_path / "run", tensorboard=True, overwrite=True).step == 8
     assert f"{tmp_path}/run/tensorboard cannot be written (" in capsys.readouterr().out
+
+
+def test_events_are_written_where_metrics_cannot_be(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorboardX")
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    assert train_short(data, tmp_path / "run", tensorboard=True, overwrite=True).step == 8
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+    assert "tensorboard cannot be written" not in capsys.readouterr().out
+
+
+def test_overwriting_run_reports_events_that_cannot_be_removed(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_short(data, tmp_path / "run")
+    denied = PermissionError(errno.EPERM, "Operation not permitted")
+    monkeypatch.setattr(tensorboard, "clear", fail(denied))
+    assert train_short(data, tmp_path / "run", overwrite=True).step == 8
+    assert "tensorboard cannot be written (Operation not permitted)" in capsys.readouterr().out
 
 
 # ---- a full disk ---------------------------------------------------------------------------------

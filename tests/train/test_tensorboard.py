@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import pytest
 from conftest import refused
 from helpers.runs import train
 
-from gpt2c.train import tensorboard
 from gpt2c.train.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("no_picture")
@@ -71,7 +71,7 @@ def test_resumed_run_may_begin_to_write_event_files(
 def test_run_names_the_extra_that_tensorboard_needs(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorboard.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "tensorboardX.event_file_writer", None)
     message = refused(train, data, tmp_path / "run", tensorboard=True)
     assert message == "tensorboard needs tensorboardX: pip install tensorboardX"
     assert not (tmp_path / "run").exists()
