@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import codecs
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Self, Unpack, overload
 
 import numpy as np
@@ -21,7 +21,7 @@ from gpt2c.formats.load import find_model
 from gpt2c.generate.continuation import Look, Streamed, continue_prompts
 from gpt2c.generate.sampling import FROM_GENERATOR, GenerationConfig, TextSettings, likeliest, shows
 from gpt2c.kernels.backend import Backend, BackendName
-from gpt2c.kernels.checks import check_kind, whole
+from gpt2c.kernels.checks import check_kind, several, whole
 from gpt2c.kernels.memory import Array
 from gpt2c.model.inputs import check_prompts
 from gpt2c.model.language_model import LanguageModel
@@ -171,7 +171,7 @@ class Generator:
     Raises
     ------
     ValueError : the tokenizer has tokens that the model lacks; a model may have more, as padding,
-        which are never chosen; or an unknown cache
+        which are never chosen; an end that is no token of the model, or an unknown cache
 
     Examples
     --------
@@ -201,6 +201,7 @@ class Generator:
         self.eos_token_id = tokenizer.eot if eos_token_id is None else eos_token_id
         self.cache = cache
         self.count = 0
+        GenerationConfig(eos_token_id=self.eos_token_id).ends(model.config.vocab_size)
 
     def __repr__(self) -> str:
         return f"Generator({self.model!r}, {self.tokenizer!r})"
@@ -520,8 +521,7 @@ class Generator:
         ------
         ValueError, TypeError : see `generate`
         """
-        several = isinstance(stop, list | tuple | set | frozenset)
-        stops: list[Any] = [] if stop is None else list(stop) if several else [stop]
+        stops = [] if stop is None else several(stop)
         for text in stops:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop must be strings of at least one character, got {text!r}")
@@ -541,13 +541,12 @@ class Generator:
 
 def _strings(name: str, texts: Any, door: str) -> list[str]:
     """Return one text or several as a list; `door` is the model's method for token ids."""
-    one = isinstance(texts, str | bytes) or not isinstance(texts, Iterable)
-    several = [texts] if one else list(texts)
-    if not several:
+    given = several(texts)
+    if not given:
         raise ValueError(f"{name} must be a string or a list of at least one, got none")
-    for text in several:
+    for text in given:
         if not isinstance(text, str):
             is_id = isinstance(text, np.ndarray | np.integer | int)
             hint = f", which is for model.{door}" if is_id else ""
             raise ValueError(f"{name} must be a string or a list of them, got {text!r:.50}{hint}")
-    return several
+    return given

@@ -147,9 +147,12 @@ def rank_rows(world: World) -> list[InfoRow]:
         return [("MPI", _mpi())]
     try:
         threads = str(world.take_cores(0))
+    except ValueError:  # which the backend tells, too
+        threads = "none"
+    try:
         backend = get_backend().name
     except ValueError as error:
-        threads, backend = "none", f"none: {error}"
+        backend = f"none: {error}"
     host = world.MPI.Get_processor_name()
     found = world.all([host, _ranges(sorted(bound())), threads, backend])
     table = [["host", "cores", "threads", "backend"], *found]

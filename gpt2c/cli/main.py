@@ -9,7 +9,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,6 +47,7 @@ __all__ = ["main", "parser"]
 
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 LONGEST = 2000  # characters of an error that are shown
+NEAR = 0.75  # of difflib's ratio: --layers is near to --n-layer, --tokenizer not to --step-size
 ANY_TEXT = (
     "--prompt",
     "--stop",
@@ -64,9 +65,9 @@ class Misused(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, except that it keeps a value of two dashes, and raises its errors.
+    """argparse's parser, except that it keeps a value of two dashes, and names a near choice.
 
-    argparse would end the process, and the other ranks of mpiexec would wait for it.
+    It raises its errors: argparse would end the process, and other ranks would wait for it.
     """
 
     def error(self, message: str) -> NoReturn:
@@ -76,6 +77,13 @@ class Parser(argparse.ArgumentParser):
         if arg_strings == ["--"] and action.option_strings:
             return "--"
         return super()._get_values(action, arg_strings)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += _meant(str(value), map(str, action.choices or ()))
+            raise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -273,9 +281,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _unknown_flag(flag: str, verb: argparse.ArgumentParser) -> str:
-    name = flag.partition("=")[0]
-    near = difflib.get_close_matches(name, verb._option_string_actions, n=1)
-    return f"unrecognized argument {flag}" + (f"; did you mean {near[0]}?" if near else "")
+    near = _meant(flag.partition("=")[0], verb._option_string_actions)
+    return f"unrecognized argument {flag}{near}"
+
+
+def _meant(word: str, known: Iterable[str]) -> str:
+    """Return a question about the nearest of the known words, for an error; "" if none is near."""
+    near = difflib.get_close_matches(word, [*known], n=1, cutoff=NEAR)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _verb(

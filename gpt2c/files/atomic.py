@@ -201,10 +201,10 @@ def naming(path: Path, meant: Mapping[Path, Path] | None = None) -> Iterator[Non
         raise OSError(error.errno, error.strerror, name) from error
 
 
-def reason(error: OSError) -> str:
-    """Return the text of an OSError: the file, and what is wrong with it."""
-    if error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+def reason(error: BaseException) -> str:
+    """Return the text of an error; of an OSError the file, and what is wrong with it."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
 
 

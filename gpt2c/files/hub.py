@@ -158,7 +158,8 @@ def _explain(error: Exception, source: str, revision: str | None) -> Exception:
         )
     if isinstance(cause, errors.RevisionNotFoundError):
         return FileNotFoundError(f"{source} has no revision {revision or 'main'} on the hub, {hub}")
-    reason = re.split(r"\n|\. ", str(cause).strip())[0].rstrip(".") or type(cause).__name__
+    said = re.sub(r"\[Errno -?\d+\] ", "", str(cause).strip())
+    reason = re.split(r"\n|\. ", said)[0].rstrip(".") or type(cause).__name__
     if status := getattr(getattr(cause, "response", None), "status_code", None):
         reason = f"it answers {status}"
         if status == 401:

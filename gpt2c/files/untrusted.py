@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2c.files.atomic import refinement
+from gpt2c.files.atomic import reason, refinement
 
 __all__ = [
     "LARGEST_JSON",
@@ -75,7 +75,9 @@ def map_file(path: Path) -> NDArray[np.uint8]:
         except OSError as error:
             if error.errno != errno.ENOMEM:
                 raise
-            raise MemoryError(f"{path} cannot be mapped, {size:,} bytes: {error}") from error
+            raise MemoryError(
+                f"{path} cannot be mapped, {size:,} bytes: {error.strerror}"
+            ) from error
         content = np.fromfile(file, np.uint8, size)
     if len(content) != size:
         raise OSError(f"{path} changed while it was read")
@@ -229,7 +231,7 @@ def shown(value: object) -> str:
     """
     short = Repr()
     short.maxlevel, short.maxstring = 3, LONGEST_VALUE
-    text = str(value) if isinstance(value, Exception) else short.repr(value)
+    text = reason(value) if isinstance(value, Exception) else short.repr(value)
     cut = text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, NoReturn, TypedDict, TypeVar, Unpack, get_type_
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2c.kernels.checks import number, whole_or_float
+from gpt2c.kernels.checks import check_choice, check_kind, number, several, whole_or_float
 from gpt2c.model.reader import CacheType, check_cache
 
 __all__ = [
@@ -287,11 +287,8 @@ class GenerationConfig:
                 f"repetition_penalty must be from 0.001 to 1000, got {self.repetition_penalty}"
             )
         for name in ("do_sample", "logprobs"):
-            value = getattr(self, name)
-            if not isinstance(value, bool | np.bool_):
-                raise ValueError(f"{name} must be True or False, got {value!r:.50}")
-        if self.on_full not in ("slide", "stop"):
-            raise ValueError(f"on_full must be 'slide' or 'stop', got {self.on_full!r}")
+            check_kind(name, getattr(self, name), bool | np.bool_, "True or False")
+        check_choice("on_full", self.on_full, ("slide", "stop"))
         check_cache(self.cache)
 
     @property
@@ -316,16 +313,16 @@ class GenerationConfig:
             value = getattr(self, name)
             if value is None:
                 continue
-            if isinstance(value, str):
-                value = [value]
-            for token in value if isinstance(value, Collection) else [value]:
-                if isinstance(token, str):
+            for token in several(value) if isinstance(value, Collection) else [value]:
+                if name == "stop" and isinstance(token, str):
                     raise ValueError(
                         f"{name} must be token ids, got {token!r}: gpt2c.Generator takes strings"
                     )
                 number = isinstance(token, int | np.integer) and not isinstance(token, bool)
                 if not number or not 0 <= token < vocab_size:
-                    raise ValueError(f"{name}: {token!r} is not a token id in [0, {vocab_size})")
+                    raise ValueError(
+                        f"{name}: {token!r:.50} is not a token id in [0, {vocab_size})"
+                    )
                 ids.add(int(token))
         return frozenset(ids)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from gpt2c.kernels.binding import Kernels
-from gpt2c.kernels.checks import whole
+from gpt2c.kernels.checks import check_choice, check_kind, whole
 from gpt2c.kernels.limits import usable_cores
 from gpt2c.kernels.op import OPS
 
@@ -174,10 +174,11 @@ def as_backend(backend: str | Backend, threads: int | None = None) -> Backend:
 
     Raises
     ------
-    ValueError : see `get_backend`; `threads` is given with a backend, which has its own
+    ValueError : see `get_backend`; `backend` is neither, or is given with `threads` and has its own
     """
     if isinstance(backend, str):
         return get_backend(backend, threads)
+    check_kind("backend", backend, Backend, "a name of gpt2c.backends(), 'auto' or a backend")
     if threads is not None:
         raise ValueError(f"threads={threads} needs a backend's name, got {backend!r}")
     return backend
@@ -240,12 +241,10 @@ def as_precision(precision: str, backend: Backend) -> str:
     ------
     ValueError : an unknown precision
     """
+    check_choice("precision", precision, get_args(Precision))
     if precision == "auto":
         if "avx512bf16" not in REQUIRES[backend.name]:
             return "fp32"
         peaks = {one: fma_peak(backend.name, backend.threads, one) for one in PRECISIONS}
         return max(peaks, key=lambda one: peaks[one])
-    if not isinstance(precision, str) or precision not in PRECISIONS:
-        known = ", ".join(map(repr, PRECISIONS))
-        raise ValueError(f"precision must be {known} or 'auto', got {precision!r:.50}")
     return precision

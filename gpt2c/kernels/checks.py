@@ -6,20 +6,24 @@ Knows nothing about what the arguments mean.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import suppress
 from numbers import Real
 from operator import index
+from types import UnionType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "check_choice",
     "check_int32",
     "check_kind",
     "check_layout",
     "counted",
     "number",
+    "several",
     "whole",
     "whole_or_float",
 ]
@@ -64,12 +68,33 @@ def number(name: str, value: Any) -> float:
     raise ValueError(f"{name} must be a number, got {value!r:.50}")
 
 
+def several(values: Any) -> list[Any]:
+    """Return the values of a collection; a text, or what is no collection, is one value itself."""
+    if isinstance(values, str | bytes | bytearray):
+        return [values]
+    try:
+        return list(values)
+    except TypeError:
+        return [values]
+
+
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun: "1 token", "2 tokens", "1,000 tokens"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def check_kind(name: str, value: Any, kind: type, wanted: str) -> None:
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Refuse all but these strings; a list or an array has no place in a dict of them.
+
+    Raises
+    ------
+    ValueError : `value` is none of them
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r:.50}")
+
+
+def check_kind(name: str, value: Any, kind: type | UnionType, wanted: str) -> None:
     """Refuse a value that is not of a class; `wanted` describes the class in the error.
 
     Raises

@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import numpy as np
+
 from gpt2c.kernels.checks import check_kind
 from gpt2c.model.head import Head
 from gpt2c.model.lora import LoRA, is_adapter
@@ -344,12 +346,21 @@ def check_label_names(config: ModelConfig) -> None:
         )
 
 
+def _plain(config: object, name: str) -> Any:
+    """Return a field; NumPy's number in it becomes Python's, which JSON has, too."""
+    value = getattr(config, name)
+    if isinstance(value, np.number):
+        value = value.item()
+        object.__setattr__(config, name, value)
+    return value
+
+
 def check_sizes(
     config: object, sizes: tuple[str, ...], optional: tuple[str, ...], layers: str
 ) -> None:
     """Refuse sizes that are not whole numbers from 1 on; optional ones may be None."""
     for name in sizes + optional:
-        value, most = getattr(config, name), MOST_LAYERS if name == layers else LARGEST
+        value, most = _plain(config, name), MOST_LAYERS if name == layers else LARGEST
         if value is None and name in optional:
             continue
         if not (type(value) is int and 1 <= value <= most):  # isinstance accepts a bool
@@ -362,7 +373,7 @@ def check_numbers(config: object, ranges: Mapping[str, tuple[float, float]]) -> 
     The ranges are narrower than float32's, so that results computed from the numbers stay finite.
     """
     for name, (least, greatest) in ranges.items():
-        value = getattr(config, name)
+        value = _plain(config, name)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (is_number and least <= value <= greatest):
             raise ValueError(
@@ -383,7 +394,7 @@ def read_token(name: str, entries: Mapping[str, Any], V: int) -> Any:
 
 def check_eos(config: ModelConfig, name: str = "eos_token_id") -> None:
     """Refuse an end-of-text token, or another that a config names, outside of the vocabulary."""
-    token = getattr(config, name)
+    token = _plain(config, name)
     if token is not None and not (type(token) is int and 0 <= token < config.vocab_size):
         raise ValueError(f"{name} must be in [0, {config.vocab_size}), got {token!r:.50}")
 

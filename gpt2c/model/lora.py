@@ -13,7 +13,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gpt2c.kernels.checks import number, whole
+import numpy as np
+
+from gpt2c.kernels.checks import check_kind, number, several, whole
 from gpt2c.kernels.memory import Array
 from gpt2c.model.block import Batch, Life, Parameter, Pass, Slot
 
@@ -40,7 +42,8 @@ class LoRA:
 
     Raises
     ------
-    ValueError : r is not a whole number of at least 1, alpha is not positive, or there is no target
+    ValueError : r is not a whole number of at least 1, alpha is not positive, use_rslora is not
+        True or False, or there is no target
 
     Examples
     --------
@@ -54,19 +57,23 @@ class LoRA:
     use_rslora: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse numbers that are out of range, and names that are none."""
-        if not 1 <= whole("r", self.r) <= LARGEST:
+        """Refuse settings that are wrong; keep them as plain values, which JSON has, too."""
+        r, alpha = whole("r", self.r), number("alpha", self.alpha)
+        if not 1 <= r <= LARGEST:
             raise ValueError(f"r must be in [1, {LARGEST}], got {self.r}")
-        if not 0 < number("alpha", self.alpha) < 1e30:
+        if not 0 < alpha < 1e30:
             raise ValueError(f"alpha must be positive and finite, got {self.alpha}")
-        targets: Any = self.targets
-        if not isinstance(targets, tuple | list) or not all(
-            isinstance(one, str) for one in targets
-        ):
-            raise ValueError(f"targets must be names of linear layers, got {targets!r:.70}")
+        check_kind("use_rslora", self.use_rslora, bool | np.bool_, "True or False")
+        targets = several(self.targets)
+        if isinstance(self.targets, str) or not all(isinstance(one, str) for one in targets):
+            raise ValueError(
+                f"targets must be a list of names of linear layers, got {self.targets!r:.70}"
+            )
         if not targets:
             raise ValueError(f"targets must name at least one of {', '.join(TARGETS)}")
-        object.__setattr__(self, "targets", tuple(targets))
+        plain = {"r": r, "alpha": alpha, "targets": tuple(map(str, targets))}
+        for name, value in (plain | {"use_rslora": bool(self.use_rslora)}).items():
+            object.__setattr__(self, name, value)
 
     @property
     def scale(self) -> float:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt2c.kernels.checks import check_choice
 from gpt2c.kernels.memory import Array, named_views
 from gpt2c.kernels.op import LONGEST, MIDDLE, TINY
 from gpt2c.model.block import Parameter
@@ -48,14 +49,12 @@ TypedLayout = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]  # name -> sha
 
 def check_method(method: str) -> None:
     """Refuse a type that weights cannot be rounded to."""
-    if method not in tuple(DTYPES):  # a list cannot be looked up in a dict
-        raise ValueError(f"quantize must be one of {', '.join(DTYPES)}, got {method!r}")
+    check_choice("quantize", method, DTYPES)
 
 
 def check_weights(weights: str, config: ModelConfig) -> None:
     """Refuse an unknown type of weights, and int8 for rows that its sums cannot hold."""
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    check_choice("weights", weights, WEIGHTS)
     shapes = [one.shape for one in config.stack().parameters().values() if one.small]
     longest = max(columns for _, columns in shapes)
     if weights == "int8" and longest > LONGEST:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.kernels.backend import Backend
-from gpt2c.kernels.checks import check_int32, check_layout, counted, whole
+from gpt2c.kernels.checks import check_choice, check_int32, check_layout, counted, whole
 from gpt2c.kernels.memory import Array, aligned_offsets, aligned_zeros, require, view
 from gpt2c.model.block import Batch, Cache, Pass
 from gpt2c.model.config import ModelConfig
@@ -42,8 +42,7 @@ CACHES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 
 def check_cache(cache: Any) -> None:
     """Refuse a type that a cache cannot have."""
-    if cache not in tuple(CACHES):  # a list cannot be looked up in a dict
-        raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {cache!r:.50}")
+    check_choice("cache", cache, CACHES)
 
 
 class Decoder:

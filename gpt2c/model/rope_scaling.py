@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt2c.kernels.checks import check_choice
 from gpt2c.model.config import check_numbers, check_sizes
 
 __all__ = ["RopeScaling", "read_rope"]
@@ -67,10 +68,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         """Refuse fields that do not belong together."""
-        if self.rope_type not in tuple(KINDS):  # a list cannot be looked up in a dict
-            raise ValueError(
-                f"rope_type must be one of {', '.join(KINDS)}, got {self.rope_type!r:.50}"
-            )
+        check_choice("rope_type", self.rope_type, KINDS)
         fields = KINDS[self.rope_type]
         for name in KINDS["llama3"]:
             if name not in fields and getattr(self, name) is not None:

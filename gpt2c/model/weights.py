@@ -284,7 +284,7 @@ class ModelWeights(LanguageModel):
             raise ValueError("the model has adapters: call merge() before it gets others")
         if whole("seed", seed) < 0:
             raise ValueError(f"seed must be at least 0, got {seed}")
-        lora = LoRA(r, alpha, tuple(targets), use_rslora)
+        lora = LoRA(r, alpha, targets, use_rslora)  # type: ignore[arg-type]
         config: ModelConfig = dataclasses.replace(self.config, lora=lora)  # type: ignore[type-var]
         new = config.parameter_shapes().keys() - self._parameters.keys()
         self._move(config, config.frozen(), first_values(config, seed, new))

@@ -358,8 +358,7 @@ def _told(error: BaseException) -> str:
     """Return the reason of an error, for a line."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    text = reason(error) if isinstance(error, OSError) else str(error)
-    return text or type(error).__name__
+    return reason(error) or type(error).__name__
 
 
 @functools.cache

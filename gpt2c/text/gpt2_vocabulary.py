@@ -10,6 +10,7 @@ from pathlib import Path
 import tiktoken
 
 from gpt2c.files import hub
+from gpt2c.files.atomic import reason
 from gpt2c.text import vocabulary_reader
 
 __all__ = ["read_gpt2", "tiktoken_cache"]
@@ -39,14 +40,14 @@ def read_gpt2() -> tuple[dict[bytes, int], int]:
 
     Files of this machine come first, in tiktoken's cache or a directory gpt2, then the network.
     """
-    reason = "HF_HUB_OFFLINE is set"
+    why = "HF_HUB_OFFLINE is set"
     if tiktoken_cache()[1] or not (os.path.isdir("gpt2") or hub.is_offline()):
         try:
             encoding = _from_tiktoken()
             eot = encoding.eot_token
             return {encoding.decode_single_token_bytes(token): token for token in range(eot)}, eot
         except (OSError, ValueError) as error:  # no network, no permission, or a wrong file
-            reason = type(error).__name__
+            why = type(error).__name__
     try:
         ranks, eot, *_ = vocabulary_reader.read(hub.find("gpt2", weights=False))
     except (OSError, ValueError) as error:
@@ -54,9 +55,9 @@ def read_gpt2() -> tuple[dict[bytes, int], int]:
             raise
         raise OSError(
             "GPT-2's vocabulary is not in tiktoken's cache (TIKTOKEN_CACHE_DIR says where), which"
-            f" could not download it ({reason}), and it cannot be read from the hub ({error}); name"
-            " a directory with its vocab.json and merges.txt, or choose the tokenizer 'bytes' or"
-            " 'bpe:4096', which need no download"
+            f" could not download it ({why}), and it cannot be read from the hub"
+            f" ({reason(error)}); name a directory with its vocab.json and merges.txt, or choose"
+            " the tokenizer 'bytes' or 'bpe:4096', which need no download"
         ) from error
     if (len(ranks), eot) != (50256, 50256):
         raise ValueError(f"gpt2 has {len(ranks) + 1} tokens where GPT-2 has 50257")

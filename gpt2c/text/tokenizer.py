@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from gpt2c.files import hub
 from gpt2c.files.names import check_named
-from gpt2c.kernels.checks import check_kind, whole
+from gpt2c.kernels.checks import check_kind, several, whole
 from gpt2c.kernels.limits import usable_cores
 from gpt2c.text import bpe_trainer, vocabulary
 from gpt2c.text.merges import recover_merges
@@ -389,17 +389,18 @@ class Tokenizer:
         return ids
 
     def _allowed(self, names: Collection[str] | Literal["all"]) -> Collection[str]:
-        if isinstance(names, str):
-            names = self.special_tokens if names == "all" else [names]
-        if not isinstance(names, Collection):
+        if isinstance(names, str) and names == "all":
+            return self.special_tokens
+        given = several(names) if isinstance(names, Collection) else [names]
+        if not all(isinstance(name, str) for name in given):
             raise ValueError(
                 f"allowed_special must be names of special tokens or 'all', got {names!r:.50}"
             )
-        if unknown := [name for name in names if name not in self.special_tokens]:
+        if unknown := [name for name in given if name not in self.special_tokens]:
             raise ValueError(
                 f"{unknown[0]!r} is none of the special tokens {', '.join(self.special_tokens)}"
             )
-        return names
+        return given
 
     def encode_batch(self, texts: Iterable[str]) -> list[NDArray[np.uint32]]:
         """Encode texts in parallel; return for each the ids of `encode` as an (N,) uint32 array.

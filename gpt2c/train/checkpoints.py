@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2c.files.atomic import atomic_directory, atomic_path, naming, remove
+from gpt2c.files.atomic import atomic_directory, atomic_path, naming, reason, remove
 from gpt2c.files.names import (
     ADAPTER_FILES,
     CONFIG_FILE,
@@ -211,7 +211,7 @@ def newest(directory: Path, report: Callable[[str], Any]) -> Checkpoint | None:
         except _OtherVersion:
             raise
         except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-            faults[path] = f"{path} is not whole: {error}"
+            faults[path] = f"{path} is not whole: {reason(error)}"
             continue
         for damaged, fault in faults.items():
             aside = _aside(damaged)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from gpt2c.causal_lm import CausalLM
 from gpt2c.files import atomic
-from gpt2c.files.atomic import atomic_path, matching, remove, remove_leftovers, through
+from gpt2c.files.atomic import atomic_path, matching, reason, remove, remove_leftovers, through
 from gpt2c.files.names import (
     CHECKPOINTS,
     EVENTS,
@@ -455,7 +455,7 @@ class Run:
                 self._check_own()
                 checkpoints.prune(self.good, self.settings.keep)
             except OSError as error:  # the newest is whole; the next call tries again to remove
-                report(f"older checkpoints cannot be removed: {error}")
+                report(f"older checkpoints cannot be removed: {reason(error)}")
 
     def _confirm_evaluated(self) -> None:
         if not math.isnan(self.val_loss):

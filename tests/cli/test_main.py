@@ -364,6 +364,23 @@ def test_argparse_errors_print_usage(gpt2c, arguments: str) -> None:
     assert "usage: gpt2c" in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "near"),
+    [
+        ("genrate run", "; did you mean generate?"),
+        ("clasify train", "; did you mean classify?"),
+        ("classify predit", "; did you mean predict?"),
+        ("generate run --quantize int88", "; did you mean int8?"),
+        ("train --data x --out y --layers 2", "; did you mean --n-layer?"),
+        ("fly", ""),
+        ("demo --tokenizer bytes", ""),
+    ],
+)
+def test_only_a_near_name_is_meant(gpt2c, arguments: str, near: str) -> None:
+    err = gpt2c(arguments)[2]
+    assert err.endswith(f"{near}\n") and ("did you mean" in err) == bool(near)
+
+
 # ---- real processes ------------------------------------------------------------------------------
 
 

@@ -325,7 +325,7 @@ def test_commands_take_repository_names(client: Client) -> None:
         (
             {},
             {"HF_ENDPOINT": "http://127.0.0.1:9"},
-            "ConnectionError .*:9, did not deliver .*refused",
+            r"ConnectionError .*:9, did not deliver a model of that name: [^\[]*refused",
         ),
         ({}, {"HF_HUB_CACHE": "/dev/null/cache"}, "NotADirectoryError .*/dev/null"),
     ],

@@ -499,6 +499,9 @@ def test_generator_refuses_mistakes_before_any_work() -> None:
     assert refused(Generator, BYTES, small()).startswith("model must be a GPT2 or Llama, got T")
     assert refused(Generator, small(), "gpt2") == "tokenizer must be a Tokenizer, got 'gpt2'"
     assert refused(Generator, small(), BYTES, cache="q8").startswith("cache must be one of fp32,")
+    for end in ("x", b"x", 999, -1, 1.5, [END, None], np.array(3)):
+        assert refused(Generator, small(), BYTES, end).startswith("eos_token_id: ")
+    assert refused(generator.generate, np.array(3)).startswith("prompt must be a string or a list")
     assert generator.count == 0
 
 

@@ -301,7 +301,8 @@ def test_choice_is_refused_when_every_token_is_forbidden() -> None:
         ("no_repeat_ngram_size", [-1, 1.5]),
         ("num_return_sequences", [0, -1, -1.0, 1.5]),
         ("seed", [-1, 0.5]),
-        ("on_full", ["", "forget"]),
+        ("on_full", ["", "forget", [1], np.array([1, 2])]),
+        ("cache", ["bf16", np.array([1, 2])]),
     ],
 )
 def test_settings_out_of_range_are_refused(name: str, values: list[Any]) -> None:

@@ -186,5 +186,5 @@ def test_auto_is_what_this_cpu_computes_fastest(backend: Any) -> None:
 
 @pytest.mark.parametrize("precision", ["bf-16", None, 16, ["bf16"]])
 def test_unknown_precision_is_refused(precision: Any, backend: Any) -> None:
-    with pytest.raises(ValueError, match=r"precision must be 'fp32', 'bf16' or 'auto', got "):
+    with pytest.raises(ValueError, match=r"precision must be one of fp32, bf16, auto, got "):
         as_precision(precision, backend)

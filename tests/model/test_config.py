@@ -6,10 +6,11 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c import GPT2Config
+from gpt2c import GPT2Config, LlamaConfig
 
 WHOLE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
 
@@ -22,6 +23,17 @@ def test_sizes_are_whole_numbers(name: str, value: Any) -> None:
         message = refused(GPT2Config.from_dict, {name: value, "eos_token_id": 5})
         assert message.startswith(f"config.json: {name} must be a whole number from 1 to")
         assert len(message) < 200  # not all digits of an untrusted number
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    given = {"n_layer": np.int64(1), "vocab_size": np.uint16(257), "eos_token_id": np.int32(256)}
+    config = GPT2Config(**given, layer_norm_epsilon=np.float32(0.5))
+    assert config == GPT2Config(257, n_layer=1, eos_token_id=256, layer_norm_epsilon=0.5)
+    assert GPT2Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    config = LlamaConfig(num_hidden_layers=np.int64(2), rope_theta=np.float32(500))
+    assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    for wrong in (np.int64(0), np.float32(2), np.bool_(True)):
+        assert refused(GPT2Config, n_layer=wrong).startswith("n_layer must be a whole number from")
 
 
 def test_sizes_may_be_large() -> None:

@@ -267,9 +267,13 @@ GOOD = [[1, 2], [3]]
         (GOOD, {"stop": V}, f"stop: {V} is not a token id in [0, {V})"),
         (GOOD, {"stop": [1, -1]}, f"stop: -1 is not a token id in [0, {V})"),
         (GOOD, {"eos_token_id": V}, f"eos_token_id: {V} is not a token id in [0, {V})"),
+        (GOOD, {"stop": np.array(3)}, "stop: array(3) is not a token id in"),
+        (GOOD, {"eos_token_id": np.array(3)}, "eos_token_id: array(3) is not a token id in"),
+        (GOOD, {"eos_token_id": b"x"}, "eos_token_id: b'x' is not a token id in"),
+        (GOOD, {"eos_token_id": "x"}, "eos_token_id: 'x' is not a token id in"),
         (GOOD, {"stop": "."}, "stop must be token ids, got '.': gpt2c.Generator takes strings"),
         (GOOD, {"num_return_sequences": 0}, "num_return_sequences must be at least 1, got 0"),
-        (GOOD, {"on_full": "forget"}, "on_full must be 'slide' or 'stop', got 'forget'"),
+        (GOOD, {"on_full": "forget"}, "on_full must be one of slide, stop, got 'forget'"),
     ],
 )
 def test_model_refuses_mistakes_before_any_work(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -302,7 +304,15 @@ def test_bad_settings_are_refused() -> None:
         ({"targets": ["proj"]}, "no linear layer has a name that ends with 'proj'"),
         ({"targets": ["c_attn", "ln_1"]}, "no linear layer has a name that ends with 'ln_1'"),
         ({"targets": []}, "targets must name at least one"),
-        ({"targets": [1]}, "targets must be names of linear layers"),
+        *(
+            ({"targets": one}, f"targets must be a list of names of linear layers, got {one!r}")
+            for one in ([1], None, 5, "c_attn", np.array(3))
+        ),
+        *(
+            ({"use_rslora": one}, f"use_rslora must be True or False, got {one!r}")
+            for one in ("no", 1, [], None)
+        ),
+        ({"alpha": np.array(3.0)}, "alpha must be a number, got array(3.)"),
         ({"seed": -1}, "seed must be at least 0"),
     ]:
         assert wanted in refused(model.add_lora, **given)
@@ -313,6 +323,17 @@ def test_bad_settings_are_refused() -> None:
     model.add_lora(targets=["c_proj"])  # the attention's and the MLP's
     assert len(model.trained) == 8
     assert "the model has adapters" in refused(model.add_lora)
+
+
+@pytest.mark.parametrize("r", [np.int64(4), np.int8(4), np.array(4)])
+def test_numbers_of_numpy_become_plain_ones(r: Any, tmp_path: Path) -> None:
+    lora = LoRA(r, np.float32(3), np.array(["c_attn"]), np.bool_(True))  # type: ignore[arg-type]
+    assert repr(lora) == "LoRA(r=4, alpha=3.0, targets=('c_attn',), use_rslora=True)"
+    model = make(ODD)
+    model.add_lora(r, np.float32(3), np.array(["c_attn"]), np.bool_(True))
+    assert model.config.lora == lora
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
 
 
 def test_only_float32_weights_can_be_unfrozen_beside_adapters() -> None:

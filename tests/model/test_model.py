@@ -542,6 +542,9 @@ def test_ids_may_be_any_whole_numbers(dtype: str, backend: Any, rng: np.random.G
 
 def test_model_refuses_an_unknown_backend() -> None:
     assert "'cuda'" in refused(GPT2, TINY, backend="cuda")
+    for wrong in (None, 1, [], np.array(["base", "numpy"])):
+        message = f"backend must be a name of gpt2c.backends(), 'auto' or a backend, got {wrong!r}"
+        assert refused(GPT2, TINY, backend=wrong) == message
 
 
 # ---- files ---------------------------------------------------------------------------------------

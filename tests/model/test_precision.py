@@ -171,6 +171,7 @@ def test_it_learns_as_fp32_does(rng: np.random.Generator) -> None:
     assert model.flat_parameters.dtype == model.flat_gradients.dtype == np.float32
 
 
-@pytest.mark.parametrize("wrong", ["fp16", "half", None, 16])
+@pytest.mark.parametrize("wrong", ["fp16", "half", None, 16, np.array(["bf16"]), np.array([1, 2])])
 def test_model_refuses_an_unknown_precision(wrong: Any) -> None:
-    assert refused(GPT2, ODD, precision=wrong).startswith("precision must be 'fp32', 'bf16' or")
+    message = f"precision must be one of fp32, bf16, auto, got {wrong!r}"
+    assert refused(GPT2, ODD, precision=wrong) == message

@@ -269,7 +269,7 @@ def test_the_old_name_goes_on_working(method: str, directory: Path) -> None:
     assert not empty.parameters["ln_f.weight"].any()
 
 
-@pytest.mark.parametrize("method", ["int4", "", "INT8", None])
+@pytest.mark.parametrize("method", ["int4", "", "INT8", None, [], np.array(["int8", "fp16"])])
 def test_unknown_method_is_refused(method: Any, directory: Path) -> None:
     assert "weights must be one of fp32, int8, fp16" in refused(GPT2, SMALL, weights=method)
     assert "quantize must be one of int8, fp16" in refused(make().quantize, method)

@@ -10,7 +10,7 @@ import pytest
 from conftest import Guarded, refused
 from helpers.backends import TWO_BACKENDS
 
-from gpt2c import GPT2, GPT2Config
+from gpt2c import GPT2, Engine, GPT2Config
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.binding import Kernels
 from gpt2c.kernels.cases import normalised_error
@@ -302,9 +302,9 @@ def test_small_caches_take_a_half_and_a_quarter_of_the_memory(config: ModelConfi
 
 def test_unknown_caches_are_refused() -> None:
     model = GPT2(ODD, backend="numpy")
-    for wrong in ("bf16", "FP16", None, 16, ["int8"], ""):
+    for wrong in ("bf16", "FP16", None, 16, ["int8"], "", np.array([1, 2])):
         message = f"cache must be one of fp32, fp16, int8, got {wrong!r}"
-        assert refused(model.decoder, 1, 4, wrong) == message
+        assert refused(model.decoder, 1, 4, wrong) == refused(Engine, model, cache=wrong) == message
 
 
 # ---- texts side by side --------------------------------------------------------------------------

@@ -376,6 +376,11 @@ def shows(out: str) -> None:
         for rank, (line, name) in enumerate(zip(lines[3:], (backends()[0], "numpy"), strict=True)):
             assert line.split()[:3] == ["rank", str(rank), host] and line.split()[5] == name
             assert line.endswith("<- not that of rank 0") == (rank > 0 and name != backends()[0])
+    os.environ[variable] = "foo"
+    code, lines, errors = said("info")
+    assert (code, errors) == (0, [])
+    for line in lines[3:]:  # only the backend is wrong
+        assert line.split()[4].isdecimal() and "none: backend 'foo': unknown name" in line
     del os.environ[variable]
     measured(Path(out) / "bench.json")
     for wanted, given in [

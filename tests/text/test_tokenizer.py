@@ -135,9 +135,8 @@ def test_special_tokens_are_encoded_where_they_are_allowed(tokenizer):
             tokenizer.encode, text, names
         )
     message = "allowed_special must be names of special tokens or 'all', got "
-    for wrong in (5, True, None):
+    for wrong in (5, True, None, [5], [[1]], np.array(3)):
         assert refused(tokenizer.encode, text, wrong) == f"{message}{wrong!r}"
-    assert "5 is none of the special tokens" in refused(tokenizer.encode, text, [5])
 
 
 NASTY = [
