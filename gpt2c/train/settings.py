@@ -330,7 +330,11 @@ class TrainSettings(Settings):
         "data", 2, "2: an epoch has every token; 1: as in older runs", older=1, fixed=True
     )
     warmup_iters: int = setting(
-        *("schedule", 100, "steps of linear warm-up; a recipe's keep their share of max-iters"),
+        *(
+            "schedule",
+            100,
+            "steps of linear warm-up, at most all; a recipe's keep their share of max-iters",
+        ),
         least=0,
     )
     eval_iters: int = setting(
