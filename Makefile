@@ -90,6 +90,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/installed: $(BIN)/python pyproject.toml build.py $(wildcard csrc/*)
+	@echo 'pip downloads packages and compiles the C kernels: this takes some minutes and prints nothing'
 	$(PIP) --editable '.[plot,gguf]'
 	touch $@
 

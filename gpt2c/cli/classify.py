@@ -67,7 +67,8 @@ def _add_file(verb: argparse.ArgumentParser, what: str) -> None:
 def run_train(options: argparse.Namespace) -> int:
     """`gpt2c classify train`."""
     out: Path = options.out
-    _say_lacking(options.baselines)
+    if Path(options.data).exists():  # else it is missing, and that is the error
+        _say_lacking(options.baselines)
     found = classify(
         *(options.base, options.data, out),
         baselines=options.baselines,
@@ -133,10 +134,10 @@ def _say_lacking(wanted: object) -> None:
 
 def run_eval(options: argparse.Namespace) -> int:
     """`gpt2c classify eval`."""
-    _say_lacking(options.baselines)
     classifier = _open(options)
     texts = _labelled(options.data, options, classifier.labels)
     learned = _labelled(options.baselines, options, classifier.labels) if options.baselines else []
+    _say_lacking(options.baselines)
     numbers = {label: place for place, label in enumerate(classifier.labels)}
     true = np.array([numbers[each.label] for each in texts])
     p = classifier.probabilities([each.text for each in texts])

@@ -42,6 +42,8 @@ EPILOG = r"""examples:
   gpt2c generate runs/demo/run --temperature 0 --stop "\n" --prompt -  < start.txt
   gpt2c generate runs/demo/run --interactive
   gpt2c generate runs/demo/run --prompt "The string" --show-probabilities 3
+
+From Python the defaults are others, Hugging Face's temperature of 1 and 64 new tokens.
 """
 
 

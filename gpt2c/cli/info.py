@@ -44,6 +44,7 @@ from gpt2c.kernels.backend import (
     get_backend,
     why_missing,
 )
+from gpt2c.kernels.busy import BusyCores
 from gpt2c.kernels.limits import (
     AFFINITY,
     CORES,
@@ -86,6 +87,7 @@ from gpt2c.parallel.world import mpi_library
 print(mpi_library(MPI))
 """
 LONGEST_LOAD = 60.0  # seconds
+SHORTEST_LOOK = 0.2  # seconds of the peaks, in which the work of others can be counted
 
 
 def add_flags(verb: argparse.ArgumentParser) -> None:
@@ -205,12 +207,16 @@ def _threads() -> int | str:
 
 
 def backend_rows(threads: int | str) -> list[InfoRow]:
-    """Return a row for each backend: its peaks, or why it does not run here."""
+    """Return a row for each backend: its peaks, or why it does not run here.
+
+    If other programs kept the cores busy meanwhile, a row after them says so.
+    """
     chosen, problem = "", ""
     try:
         chosen = get_backend().name
     except ValueError as error:
         problem = str(error)
+    busy = BusyCores(threads, SHORTEST_LOOK) if isinstance(threads, int) else None
     rows = []
     for name in NAMES:
         state = why_missing(name)
@@ -223,6 +229,9 @@ def backend_rows(threads: int | str) -> list[InfoRow]:
             state = f"peak on {team}: {', '.join(found)}"
         mark = "  <- chosen" if name == chosen else ""
         rows.append(("backend", f"{name:<12}{state}{mark}"))
+    if busy and (others := busy.others()):
+        used = f"{others:.1f} of the {busy.cores} cores that this process may use"
+        rows.append(("busy", f"other programs used {used}, so the peaks are too low"))
     return rows + ([("backend", f"none chosen: {problem}")] if problem else [])
 
 

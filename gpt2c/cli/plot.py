@@ -45,8 +45,7 @@ def run_plot(options: argparse.Namespace) -> int:
     for path in options.runs:
         if not (path / METRICS_FILE).is_file():
             raise FileNotFoundError(
-                f"{path / METRICS_FILE} does not exist: a run of a verb that trains has it"
-                + meant(path, METRICS_FILE)
+                f"{path} is not a run: it has no {METRICS_FILE}{meant(path, METRICS_FILE)}"
             )
         entries = read_figures(path)
         if not entries:

@@ -26,7 +26,7 @@ __all__ = ["add_flags", "run_tokens", "whole_characters"]
 
 DEMO = Path("runs/demo/run")
 COLORS = ("\x1b[30;46m", "\x1b[30;43m")  # black on cyan, black on yellow
-PARTS = "Some tokens are only a part of a character's bytes: those of a character stand together."
+PARTS = "Some characters take several tokens here; the text above joins them."
 
 
 def add_flags(verb: argparse.ArgumentParser) -> None:

@@ -88,8 +88,8 @@ def find(source: str | os.PathLike[str], revision: str | None = None, weights: b
         client = huggingface_hub.get_session()
     except (ImportError, AttributeError):  # not installed, or older than 1.0
         raise FileNotFoundError(
-            f"{_absent(source)}, and a download of a model of that name from the hub needs"
-            " huggingface_hub 1.24 or newer: pip install 'huggingface_hub>=1.24'"
+            f"{_absent(source)}; if it is the name of a model on the hub, its download needs"
+            " huggingface_hub 1.24 or newer: pip install 'gpt2c[hub]'"
         ) from None
     wanted = CONFIG * weights + WEIGHTS * weights + TOKENIZER
     try:

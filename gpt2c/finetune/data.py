@@ -162,8 +162,8 @@ class Data:
         told = held(len(self.val), self.cut)
         yield (
             f"{count:,} examples ({self.format}), {told}; left out: {self.left_out};"
-            f" {self.tokens:,} tokens, {share}; of the longest example the model"
-            f" reads {self.longest - 1:,}"
+            f" {self.tokens:,} tokens, {share}; the longest example"
+            f" {'is cut to' if self.cut else 'has'} {self.longest:,} tokens"
         )
         yield f"the first example, with its learned part {coloured(self.train[0], self.tokenizer)}"
 

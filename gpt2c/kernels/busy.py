@@ -11,7 +11,7 @@ from gpt2c.kernels.limits import AFFINITY
 __all__ = ["BusyCores"]
 
 STAT = Path("/proc/stat")
-SECONDS = 3.0  # from one look to the next: the system counts in hundredths of a second
+SECONDS = 3.0  # of a run, from one look to the next: the system counts in hundredths of a second
 LEAST = 0.3  # cores: any system uses a little less by itself
 _IDLE = (3, 4)  # columns of a line: idle, and waiting for a disk
 
@@ -22,26 +22,27 @@ class BusyCores:
     Parameters
     ----------
     threads : the number of threads of this process's kernels
+    apart : the least seconds from one look to the next
 
     Attributes
     ----------
     cores : the number of cores that this process may use
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, apart: float = SECONDS) -> None:
         self.cores = len(AFFINITY)
-        self._threads = threads
+        self._threads, self._apart = threads, apart
         self._last = self._look()
 
     def others(self) -> float:
         """Return how many cores other programs used since the last look.
 
         The result is 0 if each thread of this process had a core to itself, if the last look was
-        less than SECONDS ago, or if the system does not tell.
+        less than `apart` seconds ago, or if the system does not tell.
         """
         now, busy, own = self._look()
         seconds = now - self._last[0]
-        if seconds < SECONDS:
+        if seconds < self._apart:
             return 0.0
         others = ((busy - self._last[1]) - (own - self._last[2])) / seconds
         self._last = now, busy, own

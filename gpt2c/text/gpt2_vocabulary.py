@@ -10,7 +10,6 @@ from pathlib import Path
 import tiktoken
 
 from gpt2c.files import hub
-from gpt2c.files.atomic import reason
 from gpt2c.text import vocabulary_reader
 
 __all__ = ["read_gpt2", "tiktoken_cache"]
@@ -54,10 +53,9 @@ def read_gpt2() -> tuple[dict[bytes, int], int]:
         if os.path.isdir("gpt2"):
             raise
         raise OSError(
-            "GPT-2's vocabulary is not in tiktoken's cache (TIKTOKEN_CACHE_DIR says where), which"
-            f" could not download it ({why}), and it cannot be read from the hub"
-            f" ({reason(error)}); name a directory with its vocab.json and merges.txt, or choose"
-            " the tokenizer 'bytes' or 'bpe:4096', which need no download"
+            "choose the tokenizer 'bytes' or 'bpe:4096', or name a directory with GPT-2's"
+            " vocab.json and merges.txt: they are not in tiktoken's cache (TIKTOKEN_CACHE_DIR), and"
+            f" neither tiktoken ({why}) nor the hub ({type(error).__name__}) delivered them"
         ) from error
     if (len(ranks), eot) != (50256, 50256):
         raise ValueError(f"gpt2 has {len(ranks) + 1} tokens where GPT-2 has 50257")

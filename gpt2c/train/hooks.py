@@ -140,7 +140,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def speed(run: Run, steps: Iterable[Step]) -> dict[str, Any]:
-    """Return the speed in these steps' metrics; without a share of peak if it is unknown."""
+    """Return the speed in these steps' metrics; without a share of peak if it is unknown.
+
+    A process measures the peak once. Only a step that is faster shows that other programs slowed
+    the measurement; then it is made again, so the shares of later steps have a higher base.
+    """
     steps, backend = list(steps), run.model.backend
     seconds = sum(step.seconds for step in steps)
     tokens = sum(step.learned.tokens for step in steps)
@@ -150,7 +154,7 @@ def speed(run: Run, steps: Iterable[Step]) -> dict[str, Any]:
         share = round(flops / seconds / (peak * run.world.size), 4)
         if share <= 1:
             entry["share_of_peak"] = share
-        else:  # the machine was busy when the peak was measured: measure it again
+        else:  # the base was too low
             fma_peak.cache_clear()
     return entry
 

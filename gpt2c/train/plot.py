@@ -172,6 +172,8 @@ def plot_runs(
                     _line(axes, *validation, marker="o", ms=4, mec="white", lw=1, **style)
             _steps(axes)
             axes.set_ylabel(panels[metric])
+            if metric == "grad_norm":
+                _cut_spikes(axes, [value for _, values in curves for value in values])
             _tidy(axes)
         grid["tokens_per_second"].set_ylim(bottom=0)
         grid["tokens_per_second"].yaxis.set_major_formatter("{x:,.0f}")
@@ -185,13 +187,16 @@ def plot_runs(
             handles += grid["loss"].plot([], [], lw=1.6, label=label, **style)
         most = max((steps for _, (steps, _) in losses), key=len)
         if most:
-            style = {"marker": "o", "ms": 4, "color": "#777777", "label": "validation"}
+            shade = RUN_COLORS[0] if len(runs) == 1 else "#777777"
+            style = {"marker": "o", "ms": 4, "color": shade, "label": "validation"}
             handles += grid["loss"].plot([], [], **style | _dot(most))
         for i, first in enumerate(map(losses.index, losses)):
             if first != i and any(losses[i][0]):
                 text = f"{labels[i]} is identical to {labels[first]}"
                 handles += grid["loss"].plot([], [], " ", label=text)
-        title = labels[0] if len(labels) == 1 else f"{len(labels)} runs"
+        title = labels[0]
+        if len(labels) > 1:
+            title = f"{len(labels)} runs, each with its validation in one colour"
         return _legend_and_save(figure, path, handles, f"{title}: each step thin, smoothed thick")
 
 
@@ -231,6 +236,17 @@ def _steps(axes: Any) -> None:
     """Label the axis of steps, which are whole numbers."""
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(_locator(integer=True))
+
+
+def _cut_spikes(axes: Any, values: Sequence[float]) -> None:
+    """End the axis at twice what 99% of the values do not exceed, and say how many are above.
+
+    A single spike would flatten the curve.
+    """
+    top = 2 * float(np.percentile(values, 99, method="lower")) if values else 0.0
+    if above := sum(value > top for value in values):
+        axes.set_ylim(0, top or None)
+        axes.set_ylabel(f"{axes.get_ylabel()}, {above:,} higher")
 
 
 def _twins(curves: Sequence[Metric]) -> list[int]:

@@ -329,7 +329,14 @@ class TrainSettings(Settings):
     batch_order: int = setting(
         "data", 2, "2: an epoch has every token; 1: as in older runs", older=1, fixed=True
     )
-    warmup_iters: int = setting("schedule", 100, "steps of linear warm-up", least=0)
+    warmup_iters: int = setting(
+        *(
+            "schedule",
+            100,
+            "steps of linear warm-up, at most all; a recipe's keep their share of max-iters",
+        ),
+        least=0,
+    )
     eval_iters: int = setting(
         "run", 0, "batches of an evaluation; 0: all validation tokens", least=0
     )

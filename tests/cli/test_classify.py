@@ -69,6 +69,8 @@ def test_baselines_are_shown(
     assert out.startswith(said)
     code, out, _ = gpt2c("classify eval base-lines texts.jsonl --baselines texts.jsonl")
     assert code == 0 and "most frequent label    0.5000  0.3774 to 0.6226    0.3333\n" in out
+    code, out, err = gpt2c("classify train base nothing.csv --out new --baselines")
+    assert (code, out) == (2, "") and "nothing.csv" in err, "a missing file comes first"
 
 
 def test_eval_reports_what_predict_says(gpt2c, world: Path, run: str) -> None:

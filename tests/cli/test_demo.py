@@ -104,6 +104,7 @@ def test_demo_on_a_text_of_the_user(tmp_path: Path, capsys: Capture) -> None:
     assert "1 of 11.0 kB; " in output
     assert "the last 10% is held out for validation" in output
     assert "warm-up" not in output
+    assert ": not much lower, so it has learned next to nothing by heart.\n" in output
     assert len(rows(output)) == 3
     assert re.fullmatch(r"cats sat on", follow(output, capsys))
     assert main(arguments) == 2

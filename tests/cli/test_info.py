@@ -28,6 +28,7 @@ from gpt2c.kernels.backend import (
     default_threads,
     why_missing,
 )
+from gpt2c.kernels.busy import BusyCores
 from gpt2c.text import gpt2_vocabulary
 
 Capture = pytest.CaptureFixture[str]
@@ -110,6 +111,17 @@ def test_info_shows_what_limits_the_speed(
 
     monkeypatch.setattr(cli_info, "core_distance", refuse)
     assert dict(info(*flags))["distance"] == "unknown: 2 threads are wanted"
+
+
+@pytest.mark.parametrize("others", [0.0, 1.25])
+def test_info_says_that_other_programs_spoiled_the_peaks(
+    others: float, info, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BusyCores, "others", lambda self: others)
+    said = [text for name, text in info() if name == "busy"]
+    cores = len(cli_info.AFFINITY)
+    used = f"other programs used 1.2 of the {cores} cores that this process may use"
+    assert said == ([f"{used}, so the peaks are too low"] if others else [])
 
 
 def test_verbose_info_has_the_rows_of_a_bug_report(info) -> None:

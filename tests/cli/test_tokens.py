@@ -21,7 +21,7 @@ def test_tokens_shows_the_tokens_of_a_text(capsys: Capture, tmp_path: Path) -> N
     head, _, divided, rest, _, note, _, *rows = capsys.readouterr().out.split("\n")
     assert head == "bytes, a vocabulary of 257: 8 tokens, 6 characters, 8 bytes"
     assert (divided, rest) == ("你| |a|", "| |b")
-    assert note.startswith("Some tokens are only a part of a character's bytes: ")
+    assert note == "Some characters take several tokens here; the text above joins them."
     assert rows == [
         " id  piece   bytes",
         "228  '<E4>'  E4",
@@ -39,7 +39,7 @@ def test_tokens_shows_the_tokens_of_a_text(capsys: Capture, tmp_path: Path) -> N
     rows = capsys.readouterr().out.split("\n")
     assert rows[2] == "你好" and rows[4] == " id  piece   bytes"
     assert rows[5].endswith("  '你好'  E4 BD A0 E5 A5 BD"), "wide characters are aligned"
-    assert "Some tokens" not in "".join(rows), "each is a character or more"
+    assert "several tokens" not in "".join(rows), "each is a character or more"
 
 
 def test_tokens_works_without_a_network(

@@ -236,7 +236,7 @@ def test_answers_that_are_cut_are_told_and_not_asked(
         shown := capsys.readouterr().out
     )
     assert "ones, 3 cut at the end; left out: none;" in shown
-    assert "of the longest example the model reads 48\n" in shown  # its context
+    assert "; the longest example is cut to 49 tokens\n" in shown  # its context reads 48 of them
     model = gpt2c.from_pretrained(base, "base")
     (row,) = model.generate([[1, 2, 3]], 1, temperature=0)
     one = Example(np.array(row, np.int32), np.arange(4) > 2, "")

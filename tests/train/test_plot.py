@@ -164,6 +164,20 @@ def test_runs_are_drawn_over_one_another(tmp_path: Path, pictures: list[Any]) ->
     assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "c", "validation"]
 
 
+def test_spike_does_not_flatten_the_gradient_norms(tmp_path: Path, figures: list[Any]) -> None:
+    metrics = [
+        {"step": n, "loss": 3.0, "grad_norm": 60.0 if n == 43 else 1.0 + n / 100}
+        for n in range(1, 101)
+    ]
+    plot_runs({"a": metrics}, tmp_path / "plot.png")
+    axes = figures[0].axes[2]
+    assert axes.get_ylim() == (0, 4.0)
+    assert axes.get_ylabel() == "gradient norm before clipping, 1 higher"
+    plot_runs({"a": metrics[43:]}, tmp_path / "plot.png")
+    axes = figures[1].axes[2]
+    assert axes.get_ylabel() == "gradient norm before clipping" and axes.get_ylim()[1] < 2.2
+
+
 def test_every_line_of_runs_shows_its_numbers(tmp_path: Path, figures: list[Any]) -> None:
     runs = {"a": entries(40), "b": entries(20, 2.0)}
     plot_runs(runs, tmp_path / "plot.png")
