@@ -213,8 +213,9 @@ static inline __attribute__((always_inline)) void columns_of_type(float *out, co
                                                                   const Quantized *q, int64_t N, int64_t from,
                                                                   int64_t to, int accumulate, const int type) {
     const int64_t groups = TILE_ROWS > 1 ? N / TILE_ROWS : 0;
+    const int64_t rows_ahead = groups > 0 ? VF_LEN / 2 : VF_LEN; /* the first level holds rows of x, too */
     for (int64_t j = from; j < to; j += VF_LEN) {
-        const char *ahead = (const char *)layer->weight + (j + VF_LEN) * layer->C * bytes_of(type);
+        const char *ahead = (const char *)layer->weight + (j + rows_ahead) * layer->C * bytes_of(type);
         for (int64_t k = j; k < min64(j + VF_LEN, to) && groups > 0; k += TILE_OUTS) {
             if (groups == 1)
                 multi_row_tile(out, layer, x, q, 0, k, accumulate, &ahead, TILE_OUTS, type);
