@@ -26,7 +26,6 @@ from gpt2c.model.block import (
     Dropout,
     IntArray,
     Pass,
-    Slot,
     check_dropout,
 )
 from gpt2c.model.config import ModelConfig
@@ -123,9 +122,12 @@ class Model(ModelWeights):
     ) -> dict[str, Any]:
         """See `ModelWeights._laid_out`; no loss and no gradient of the old place counts."""
         halves = self.precision == "bf16" and has_halves(config, self.weights)
+        laid_out = super()._laid_out(config, frozen, values)
+        # Not a method of the model: in a cycle its memory would stay until the garbage collector.
+        slots = laid_out["_stack"].slots_with_head
         return {
-            **super()._laid_out(config, frozen, values),
-            "_memory": Activations(self._slots, self._recompute, halves),
+            **laid_out,
+            "_memory": Activations(slots, self._recompute, halves),
             "_pending": None,  # of a loss that backward has not seen
             "_made_grads": None,
             "_void": True,  # the gradients count as 0, whatever their memory holds
@@ -452,10 +454,6 @@ class Model(ModelWeights):
                 f" got {live!r:.50}"
             )
         return targets
-
-    def _slots(self, batch: Batch) -> Iterable[Slot]:
-        yield from self._stack.slots(batch)
-        yield from self._stack.head.slots(batch)
 
     def _start(self, tokens: Tokens, keep: bool, dropout: Dropout = NO_DROPOUT) -> Pass:
         """Lay out the activations of a batch; with `keep`, those of backward stay."""

@@ -172,6 +172,11 @@ class Stack:
         yield Slot("d_stream", (batch.N, self.norm.C), Life.GRADIENT)
         yield from self.norm.slots(batch)
 
+    def slots_with_head(self, batch: Batch) -> Iterable[Slot]:
+        """Yield the arrays of all."""
+        yield from self.slots(batch)
+        yield from self.head.slots(batch)
+
     def linears(self) -> Iterable[Linear]:
         """Yield the linear layers, without the head."""
         for layer in self.layers:

@@ -95,7 +95,7 @@ def test_backward_reads_no_activation_whose_life_has_ended(
     run = model._pending.ctx
     ended = [
         slot.name
-        for slot in model._slots(run.batch)
+        for slot in model._stack.slots_with_head(run.batch)
         if slot.life > model._memory.kept
         and (slot.name.startswith("h.") or slot.life in (Life.SCRATCH, Life.LOGITS))
     ]

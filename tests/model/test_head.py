@@ -390,7 +390,9 @@ def test_backward_of_scores_reads_no_activation_whose_life_has_ended(
     model.scores(idx)
     assert model._pending is not None
     run = model._pending.ctx
-    ended = [slot for slot in model._slots(run.batch) if slot.life > KEPT[recompute]]
+    ended = [
+        slot for slot in model._stack.slots_with_head(run.batch) if slot.life > KEPT[recompute]
+    ]
     for slot in ended:
         if slot.name.startswith("h.") or slot.life is Life.SCRATCH:
             run.a[slot.name].fill(np.nan)

@@ -136,7 +136,7 @@ def test_backward_reads_no_memory_that_another_array_has(
     model.loss(*given)
     assert model._pending is not None
     run = model._pending.ctx
-    for slot in model._slots(run.batch):
+    for slot in model._stack.slots_with_head(run.batch):
         if slot.life > KEPT[recompute] and (slot.name[:2] == "h." or slot.life is Life.SCRATCH):
             run.a[slot.name].fill(np.nan)
     monkeypatch.setattr(Pass, "take", lambda run, name: np.full_like(run.a[name], np.nan))

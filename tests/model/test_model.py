@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -647,6 +649,23 @@ def test_arrays_whose_shape_is_changed_in_place_do_not_reach_c(name: str, backen
     for key, gradient in model.gradients.items():
         assert np.array_equal(gradient.ravel(), gradients[key].ravel())
     assert name in refused(model.generate, idx, 2)
+
+
+def test_memory_is_free_when_the_model_goes() -> None:
+    """At once: the garbage collector may come much later, and a model may be most of the memory."""
+    gc.disable()
+    try:
+        model = GPT2(GPT2Config(vocab_size=61, n_layer=1, n_head=2, n_embd=16), seed=1)
+        model.loss([[1, 2, 3]], [[2, 3, 4]])
+        model.backward()
+        model.generate([[1]], max_new_tokens=2)
+        small = model.quantize("int8")
+        model.add_lora(r=2)
+        gone = [weakref.ref(each) for each in (model, small, model.merge())]
+        del model, small
+        assert [each() for each in gone] == [None, None, None]
+    finally:
+        gc.enable()
 
 
 # ---- threads and interrupts ----------------------------------------------------------------------

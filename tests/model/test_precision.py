@@ -116,7 +116,7 @@ def test_what_is_kept_in_16_bits_adds_little_to_the_error(
     errors = []
     for halves in (True, False):
         model = Model(config, backend=backend, precision="bf16")
-        model._memory = Activations(model._slots, None, halves)
+        model._memory = Activations(model._stack.slots_with_head, None, halves)
         errors.append(distance(solve(model, *batch)[1], exact))
     assert errors[0] != errors[1] and errors[0] < 1.2 * errors[1]
 
