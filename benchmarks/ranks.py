@@ -60,7 +60,8 @@ COMMON = {
 MODELS: dict[str, dict[str, Any]] = {
     "11M": COMMON | {
         "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 128, "batch_size": 4,
-        "gradient_accumulation_steps": 2,
+        # Without spikes of the loss, which would enlarge what another order of sums changes.
+        "gradient_accumulation_steps": 2, "learning_rate": 3e-4,
     },
     "124M": COMMON | {
         "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 256, "batch_size": 2,

@@ -249,7 +249,7 @@ MISTAKES = [
         "train --data data --out damaged --resume",
         r"no checkpoint .*model\.safetensors has \d+ bytes",
     ),
-    ("plot missing", r"missing/metrics\.jsonl does not exist"),
+    ("plot missing", r"missing is not a run: it has no metrics\.jsonl"),
     ("plot run --out missing/picture.png", "missing/"),
     ("train --data bpe --out run --resume", "another tokenizer"),
     ("train --data data --out run --resume --n-layer 2", "was trained with n_layer=1"),
