@@ -39,7 +39,7 @@ KNOWN = {  # packages that few files may import: of an extra, or of a benchmark'
     "matplotlib": {"screen/picture.py", "train/plot.py"},
     "tensorboardX": {"train/tensorboard.py"},
     "gguf": {"formats/gguf.py"},
-    "huggingface_hub": {"files/hub.py", "files/hub_guard.py"},
+    "huggingface_hub": {"files/hub_client.py"},
     "lm_eval": {"evaluate/lm_eval.py"},
     "mpi4py": {"parallel/world.py"},
     "sklearn": {"evaluate/text_baselines.py"},

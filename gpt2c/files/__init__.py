@@ -6,7 +6,7 @@ Knows no text and no model.
 __all__ = [
     "atomic",
     "hub",
-    "hub_guard",
+    "hub_client",
     "names",
     "tensors",
     "untrusted",

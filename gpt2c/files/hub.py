@@ -1,7 +1,6 @@
 """Find a model's directory by name: a path on this machine, or a model of the Hugging Face hub.
 
-huggingface_hub (extra `[hub]`) downloads and caches files; it obeys HF_HOME, HF_ENDPOINT, HF_TOKEN
-and HF_HUB_OFFLINE. This module chooses the files and explains a failure in one sentence.
+This module chooses the files, and gpt2c.files.hub_client downloads them.
 
 Knows nothing about what the files contain; their readers treat them as untrusted.
 """
@@ -11,9 +10,8 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
 
-from gpt2c.files.hub_guard import MARK, guard
+from gpt2c.files import hub_client
 from gpt2c.files.names import (
     ADDED_FILE,
     CHAT_TEMPLATE_FILE,
@@ -82,98 +80,11 @@ def find(source: str | os.PathLike[str], revision: str | None = None, weights: b
         if revision is not None:
             raise ValueError(f"revision {revision!r} is for a name on the hub; {path} is a path")
         return path
-    try:
-        import huggingface_hub
-
-        client = huggingface_hub.get_session()
-    except (ImportError, AttributeError):  # not installed, or older than 1.0
-        raise FileNotFoundError(
-            f"{_absent(source)}; if it is the name of a model on the hub, its download needs"
-            " huggingface_hub 1.24 or newer: pip install 'gpt2c[hub]'"
-        ) from None
     wanted = CONFIG * weights + WEIGHTS * weights + TOKENIZER
-    try:
-        guard(client)
-        directory = Path(
-            huggingface_hub.snapshot_download(
-                source,
-                revision=revision,
-                user_agent=MARK,
-                allow_patterns=wanted,
-                tqdm_class=_bar(),
-            )
-        )
-    except MemoryError:
-        raise
-    except Exception as error:  # errors of its HTTP library are neither OSError nor ValueError
-        raise _explain(error, source, revision) from error
+    directory = Path(hub_client.download(source, revision, wanted))
     if weights and not ((directory / WEIGHTS_FILE).exists() or (directory / INDEX_FILE).exists()):
         raise FileNotFoundError(
             f"{source} has no {WEIGHTS_FILE} on the hub; weights are read from safetensors, never"
             " from pickles such as pytorch_model.bin"
         )
     return directory
-
-
-def _absent(source: str) -> str:
-    """Return the start of an error about a model that the hub did not confirm.
-
-    The user may have meant a path and mistyped it.
-    """
-    return f"the file or directory {source} does not exist here"
-
-
-def _bar() -> Any:
-    """Return the class of the client's progress bar, shown on a terminal only."""
-    from huggingface_hub.utils import tqdm
-
-    class Bar(tqdm):  # type: ignore[misc]
-        def __init__(self, *arguments: Any, **settings: Any) -> None:
-            super().__init__(*arguments, **{"disable": None} | settings)
-
-    return Bar
-
-
-def _explain(error: Exception, source: str, revision: str | None) -> Exception:
-    """Return an error of one sentence for an error that the client raised."""
-    from huggingface_hub import constants, errors
-
-    absent, hub, cause = _absent(source), constants.ENDPOINT, error
-    missing = isinstance(error, errors.LocalEntryNotFoundError)
-    if missing and constants.HF_HUB_OFFLINE:
-        return FileNotFoundError(
-            f"{absent}, HF_HUB_OFFLINE is set, and the cache, {constants.HF_HUB_CACHE}, lacks files"
-            " of a model of that name"
-        )
-    if missing and isinstance(error.__cause__, Exception):
-        cause = error.__cause__
-    if isinstance(cause, errors.GatedRepoError):
-        return PermissionError(
-            f"{source} is gated: ask for access at {hub}/{source}, then set HF_TOKEN"
-        )
-    if isinstance(cause, errors.RepositoryNotFoundError):
-        return FileNotFoundError(
-            f"{absent}, nor is {source} a model on the hub, {hub}, that may be read: a private one"
-            " needs HF_TOKEN"
-        )
-    if isinstance(cause, errors.RevisionNotFoundError):
-        return FileNotFoundError(f"{source} has no revision {revision or 'main'} on the hub, {hub}")
-    said = re.sub(r"\[Errno -?\d+\] ", "", str(cause).strip())
-    reason = re.split(r"\n|\. ", said)[0].rstrip(".") or type(cause).__name__
-    if status := getattr(getattr(cause, "response", None), "status_code", None):
-        reason = f"it answers {status}"
-        if status == 401:
-            return PermissionError(
-                f"{absent}, and the hub, {hub}, does not know the token (HF_TOKEN) it was sent"
-            )
-    if missing:
-        return ConnectionError(
-            f"{absent}, and the hub, {hub}, did not deliver a model of that name: {reason}"
-        )
-    if isinstance(cause, ValueError):
-        return ValueError(f"{absent}, nor is there such a model on the hub, {hub}: {reason}")
-    if isinstance(cause, OSError) and cause.errno is not None:  # a full disk, no permission
-        return cause
-    return OSError(
-        f"{absent}, and a model of that name cannot be downloaded from the hub, {hub}: {reason}"
-    )

@@ -1,20 +1,22 @@
-"""Names of models: huggingface_hub's own client and a local stand-in for the hub."""
+"""Names of models: huggingface_hub and a local stand-in for the hub."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import json
 import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -67,25 +69,14 @@ def standin(server: StandIn, files: dict[str, bytes]) -> StandIn:
 
 
 class Client:
-    """Runs processes of their own, because the client reads its environment at import.
-
-    One of them answers all questions of this file that change no variable, each in a fork of its
-    own: importing the client takes longer than a download.
-    """
+    """Asks the stand-in: the process of a download reads the variables of its environment."""
 
     def __init__(self, standin: StandIn, root: Path) -> None:
         self.standin = standin
         self.root = root
         self.path = root / "work"
+        self.path.mkdir()
         self.home = root / "some" / "where" / "home"
-        self.answers = subprocess.Popen(
-            program("programs.downloads", "answers"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=root,
-            env=self.environment(),
-        )
 
     def environment(self, **variables: str) -> dict[str, str]:
         """Return this process's variables without those of the hub and of proxies."""
@@ -107,36 +98,23 @@ class Client:
             timeout=60,
         )
 
-    def ask(
-        self, name: str, revision: str | None, weights: bool, variables: dict[str, str]
-    ) -> tuple[str, str]:
-        """Ask for a model; return an error's name and message, or nothing and its path."""
-        question = json.dumps({"source": name, "revision": revision, "weights": weights})
-        if variables:
-            command = program("programs.downloads", "find", question)
-            done = self.run(command, **variables)
-            assert done.returncode == 0, done.stderr
-            answer = done.stdout
-        else:
-            assert self.answers.stdin is not None and self.answers.stdout is not None
-            print(question, file=self.answers.stdin, flush=True)
-            answer = self.answers.stdout.readline()
-        error, text = json.loads(answer)
-        return error, text
-
     def find(
         self, name: str = REPO, revision: str | None = None, weights: bool = True, **variables: str
     ) -> Path:
-        """Find a model that must be there."""
-        error, path = self.ask(name, revision, weights, variables)
-        assert not error, path
-        return Path(path)
+        """Find a model."""
+        with (
+            patch.dict(os.environ, self.environment(**variables), clear=True),
+            contextlib.chdir(self.path),
+        ):
+            return hub.find(name, revision, weights)
 
     def fails(self, name: str = REPO, revision: str | None = None, **variables: str) -> str:
         """Look for a model that cannot be found; return the error, which is one sentence."""
-        error, text = self.ask(name, revision, True, variables)
-        assert error and text and not re.search(r"\n|\. [A-Z]", text), text
-        return f"{error} {text}"
+        with pytest.raises((OSError, ValueError)) as error:
+            self.find(name, revision, **variables)
+        text = str(error.value)
+        assert text and not re.search(r"\n|\. [A-Z]", text), text
+        return f"{type(error.value).__name__} {text}"
 
     def outside(self) -> set[str]:
         """Return the names of files written outside HF_HOME."""
@@ -148,22 +126,10 @@ class Client:
         }
 
 
-@pytest.fixture(scope="module")
-def clients(server: StandIn, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """Return processes that use the stand-in."""
-    client = Client(server, tmp_path_factory.mktemp("client"))
-    yield client
-    with client.answers:  # which ends when its questions do
-        client.answers.communicate(timeout=60)
-
-
 @pytest.fixture
-def client(clients: Client, standin: StandIn) -> Client:
-    """Return such processes, and nothing on their disk."""
-    for path in clients.root.iterdir():
-        shutil.rmtree(path)
-    clients.path.mkdir()
-    return clients
+def client(standin: StandIn, tmp_path: Path) -> Client:
+    """Return one with nothing on its disk."""
+    return Client(standin, tmp_path)
 
 
 # ---- downloads -----------------------------------------------------------------------------------
@@ -260,7 +226,7 @@ def test_terminal_has_a_bar(client: Client) -> None:
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))  # in a terminal of size 0 tqdm shows nothing
     subprocess.run(
-        program("programs.downloads", "find", json.dumps({"source": REPO})),
+        program("programs.downloads", "find", REPO),
         stdout=subprocess.DEVNULL,
         stderr=theirs,
         check=True,
@@ -399,16 +365,34 @@ def test_identifier_that_leads_outside_is_refused(client: Client, trick: str, de
 
 
 @needs_client
-def test_downloads_of_two_threads_are_guarded(client: Client, files: dict[str, bytes]) -> None:
-    """The first download ends while the second goes on, for which the hub sends a bad hash."""
-    client.standin.files["user/other"] = files
-    arguments = ("two", REPO, "user/other", client.standin.url)
-    done = client.run(program("programs.downloads", *arguments))
-    lines = done.stdout.splitlines()
-    assert len(lines) == 3 and lines[0] == COMMIT, done.stderr
-    assert re.match(r"ValueError .* a path where an identifier belongs, \.\./", lines[1])
-    assert lines[2] == "200", "what the process asks for itself is not checked"
-    assert not client.outside() and not [*client.home.rglob("evil*")]
+def test_client_of_this_process_stays_as_it_is(client: Client) -> None:
+    import huggingface_hub
+
+    session = huggingface_hub.get_session()
+    hooks = {event: [*checks] for event, checks in session.event_hooks.items()}
+    client.find()
+    assert huggingface_hub.get_session() is session and not session.is_closed
+    assert session.event_hooks == hooks
+
+
+@needs_client
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_download_ends_with_its_process(client: Client, stop: signal.Signals) -> None:
+    """A terminal sends SIGINT to both; another program sends it to the one alone."""
+    client.standin.silent = True
+    process = subprocess.Popen(
+        program("programs.downloads", "find", REPO),
+        env=client.environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not client.standin.requests:
+        time.sleep(0.01)
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=20)  # the download has the same stderr: it ended too
+    assert process.returncode == -stop
+    assert errors.count("Traceback") == (stop == signal.SIGINT)
 
 
 @needs_client
@@ -491,18 +475,32 @@ def test_other_names_are_paths(source: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt3", "runs/nothing"])
-@pytest.mark.parametrize("module", [None, ModuleType("huggingface_hub")])
+@pytest.mark.parametrize("content", ["raise ImportError", ""], ids=["missing", "before 1.0"])
 def test_error_names_the_extra_for_the_hub(
-    name: str, module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str, content: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Without the package, and with one that is too old, before 1.0."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    (tmp_path / "huggingface_hub.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(
         FileNotFoundError,
         match=rf"^the file or directory {name} does not exist here; .*pip install 'gpt2c\[hub\]'$",
     ):
         hub.find(name)
+
+
+def test_download_without_an_answer_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "huggingface_hub.py").write_text("import os; os._exit(1)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        OSError,
+        match=r"^the file or directory gpt3 does not exist here, and the download of a model of that"
+        r" name ended without an answer$",
+    ):
+        hub.find("gpt3")
 
 
 def test_model_and_tokenizer_together(saved: Path, tmp_path: Path) -> None:
