@@ -22,7 +22,11 @@ from gpt2c.bench.suite import Measurement
 from gpt2c.kernels.backend import NAMES
 from gpt2c.train.plot import plot_speed
 
-CPUS = {"zen3": "AMD Zen 3", "xeon": "Xeon with AMX"}  # the first word of a file's name
+CPUS = {
+    "zen3": "AMD Zen 3",
+    "zen4": "AMD Zen 4",
+    "xeon": "Xeon with AMX",
+}  # the first word of a file's name
 KINDS = ("fp32", "16-bit", "int8")  # of weights, or of the numbers that training multiplies
 FIELDS = [field.name for field in dataclasses.fields(Measurement)]
 

@@ -497,8 +497,8 @@ def test_download_without_an_answer_is_an_error(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(
         OSError,
-        match=r"^the file or directory gpt3 does not exist here, and the download of a model of that"
-        r" name ended without an answer$",
+        match=r"^the file or directory gpt3 does not exist here, and the download of a model of"
+        r" that name ended without an answer$",
     ):
         hub.find("gpt3")
 
