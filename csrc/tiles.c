@@ -4,14 +4,14 @@
  * A tile is 16 rows of 64 bytes. One instruction multiplies a tile of A, 16 rows of 32 numbers along K, by a tile of B,
  * 16 pairs along K for each of 16 columns, and adds the products to a tile of 16 x 16 floats: 16,384 operations in 16
  * cycles. So all else takes longer: the second-level cache gives 50 bytes a cycle, what lies behind it less than 10.
- * The method of gemm.c serves here with other sizes, and a block of C stays in the second-level cache, too:
+ * The method of gemm.c serves here with other sizes. Sums that become BF16 stay in the second-level cache:
  *
  *   for each KC of K:
  *     for each MC rows of C:                     threads pack A together: MC x KC
  *       for each task, shared by the threads:    a block of C, and
- *         pack B, unless the thread has it:      its columns x KC: both in the thread's second-level cache
- *         for each DEPTH of KC:
- *           for each 32 rows of the block:       a panel of A: 32 x DEPTH, in the first-level cache
+ *         pack B, unless the thread has it:      its columns x KC: in the thread's second-level cache
+ *         for each 32 rows of the block:
+ *           for each DEPTH of KC:                a panel of A: 32 x DEPTH, in the first-level cache
  *             for each 32 columns: microkernel   2 x 2 tiles of C; for each tile that is read, one is multiplied
  *
  * A panel is 32 rows of A (or B), KC deep: for each 32 numbers along K, two tiles one after the other. A tile of A has
@@ -33,9 +33,9 @@ enum {
     KC = 48 * DEEP,                /* numbers */
     MC = 128 * PANEL,              /* rows of A packed at a time: 12 MB at most, in the last-level cache */
     BLOCK_B = 16 * PANEL * KC / 2, /* numbers of B that a thread packs at a time: 768 KB */
-    BLOCK_C = 256 * 16 * PANEL,    /* floats of C in a task: 512 KB */
-    PACK_PANELS = 4,               /* panels of A in a task of packing */
-    WORTH = 1 << 22                /* multiply-adds: about two microseconds */
+    BLOCK_C = PANEL * BLOCK_B / (DEPTH_STEPS * DEEP), /* floats of the sums of a row of panels: 128 KB */
+    PACK_PANELS = 4,                                  /* panels of A in a task of packing */
+    WORTH = 1 << 22                                   /* multiply-adds: about two microseconds */
 };
 
 int64_t tiles_depth(void) { return KC; }
@@ -63,14 +63,28 @@ static inline __attribute__((always_inline)) void pack_tile(float *tile, Operand
     for (int i = 0; i < SIDE; i++) vf_store(tile + i * SIDE, lines[i]);
 }
 
+/* Prefetches what packing a panel's step reads: `runs` runs of PANEL or DEEP numbers, which are as many. */
+static inline __attribute__((always_inline)) void prefetch_step(Operand x, int64_t runs, const int k_contiguous,
+                                                                const int memory) {
+    const int64_t stride = k_contiguous ? x.row_stride : x.k_stride, line = memory == FP32 ? LINE : PAIR * LINE;
+    for (int64_t run = 0; run < runs; run++)
+        for (int64_t i = 0; i < DEEP; i += line) __builtin_prefetch(element(x.data, run * stride + i, memory));
+}
+
 /* Packs n rows of x, `numbers` along K, into panels. */
 static inline __attribute__((always_inline)) void pack_of(float *panels, Operand x, int64_t n, int64_t numbers,
                                                           const int by_row, const int k_contiguous, const int memory) {
+    enum { DISTANCE = 8 }; /* steps of panels: how far ahead of the copy the prefetch runs */
     const int64_t steps = ceil_div(numbers, DEEP), count = ceil_div(n, PANEL), all = steps * count;
     for (int64_t each = 0; each < all; each++) { /* in the order of memory */
+        const int64_t later = min64(each + DISTANCE, all - 1);
         const int64_t panel = k_contiguous ? each / steps : each % count,
                       step = k_contiguous ? each % steps : each / count;
+        const int64_t next_row = (k_contiguous ? later / steps : later % count) * PANEL,
+                      next_k = (k_contiguous ? later % steps : later / count) * DEEP;
         const int64_t k = step * DEEP, left = min64(DEEP, numbers - k);
+        prefetch_step(operand_from(x, next_row, next_k),
+                      k_contiguous ? min64(PANEL, n - next_row) : min64(DEEP, numbers - next_k), k_contiguous, memory);
         for (int64_t half = 0; half < 2; half++) {
             const int64_t row = panel * PANEL + half * SIDE;
             pack_tile(panels + (panel * steps + step) * STEP + half * SIDE * SIDE, x, row, k,
@@ -92,22 +106,49 @@ static void pack(float *panels, Operand x, int64_t n, int64_t numbers, const int
         pack_of(panels, x, n, numbers, by_row, 0, FP32);
 }
 
-/* c (m x n, row stride ldc; m, n <= PANEL) = a b^T of two panels, plus bias (n), plus the old c, or alone. Lines of
- * `ahead` are brought into the second-level cache. */
-static inline void microkernel(float *c, int64_t ldc, const float *a, const float *b, int64_t steps, int64_t m,
-                               int64_t n, const float *bias, int accumulate, const float *ahead, int64_t lines) {
+/* Sums of a tile, with rows of PANEL floats, that are still to be stored as BF16: m x n, row stride ld. */
+typedef struct {
+    const float *sums;
+    uint16_t *to;
+    int64_t ld, m, n;
+} Rounding;
+
+static inline void round_rows(Rounding *rounding, int64_t rows) {
+    for (; rows > 0 && rounding->m > 0; rows--, rounding->m--, rounding->sums += PANEL, rounding->to += rounding->ld)
+        for (int64_t j = 0; j < rounding->n; j += VF_LEN)
+            store_n(rounding->to, j, vf_load(rounding->sums + j), rounding->n - j, BF16);
+}
+
+/* What a microkernel does beside its products, a part in each step, while the tiles compute. */
+typedef struct {
+    const float *ahead; /* the next panel of A, of which `lines` lines come into the second-level cache in a step */
+    int64_t lines;
+    Rounding rounding; /* of the last microkernel's sums */
+} Beside;
+
+static inline void do_beside(Beside *beside) {
+    for (int64_t line = 0; line < beside->lines; line++, beside->ahead += LINE) __builtin_prefetch(beside->ahead, 0, 2);
+    round_rows(&beside->rounding, ceil_div(PANEL, DEPTH_STEPS));
+}
+
+/* to (m x n, row stride ld; m, n <= PANEL) = a b^T of two panels, plus old (row stride ld_old) or else bias (n), of
+ * which both may be NULL. */
+static inline void microkernel(float *to, int64_t ld, const float *old, int64_t ld_old, const float *a, const float *b,
+                               int64_t steps, int64_t m, int64_t n, const float *bias, Beside *beside) {
     float edge[PANEL * PANEL];
     const int whole = m == PANEL && n == PANEL;
-    float *to = whole ? c : edge;
-    const int64_t row = (whole ? ldc : PANEL) * 4; /* bytes */
-    if (!whole && (accumulate || bias))
+    if (!whole && (old || bias)) {
         for (int64_t i = 0; i < m; i++)
-            memcpy(edge + i * PANEL, accumulate ? c + i * ldc : bias, (size_t)n * sizeof(float));
-    if (accumulate || (bias && !whole)) {
-        tile_load(0, to, row);
-        tile_load(1, to + SIDE, row);
-        tile_load(2, (char *)to + SIDE * row, row);
-        tile_load(3, (char *)(to + SIDE) + SIDE * row, row);
+            memcpy(edge + i * PANEL, old ? old + i * ld_old : bias, (size_t)n * sizeof(float));
+        old = edge;
+        ld_old = PANEL;
+    }
+    if (old) {
+        const int64_t row = ld_old * 4; /* bytes */
+        tile_load(0, old, row);
+        tile_load(1, old + SIDE, row);
+        tile_load(2, (const char *)old + SIDE * row, row);
+        tile_load(3, (const char *)(old + SIDE) + SIDE * row, row);
     } else if (bias) {
         tile_load(0, bias, 0);
         tile_load(1, bias + SIDE, 0);
@@ -120,7 +161,7 @@ static inline void microkernel(float *c, int64_t ldc, const float *a, const floa
         tile_zero(3);
     }
     for (int64_t s = 0; s < steps; s++, a += STEP, b += STEP) {
-        for (int64_t line = 0; line < lines; line++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
+        do_beside(beside);
         tile_load(6, b, 4 * SIDE);
         tile_load(4, a, 4 * SIDE);
         tile_load(7, b + SIDE * SIDE, 4 * SIDE);
@@ -130,29 +171,44 @@ static inline void microkernel(float *c, int64_t ldc, const float *a, const floa
         tile_dot_bf16(2, 5, 6);
         tile_dot_bf16(3, 5, 7);
     }
-    tile_store(0, to, row);
-    tile_store(1, to + SIDE, row);
-    tile_store(2, (char *)to + SIDE * row, row);
-    tile_store(3, (char *)(to + SIDE) + SIDE * row, row);
-    for (int64_t i = 0; !whole && i < m; i++) memcpy(c + i * ldc, edge + i * PANEL, (size_t)n * sizeof(float));
+    float *out = whole ? to : edge;
+    const int64_t row = (whole ? ld : PANEL) * 4;
+    tile_store(0, out, row);
+    tile_store(1, out + SIDE, row);
+    tile_store(2, (char *)out + SIDE * row, row);
+    tile_store(3, (char *)(out + SIDE) + SIDE * row, row);
+    for (int64_t i = 0; !whole && i < m; i++) memcpy(to + i * ld, edge + i * PANEL, (size_t)n * sizeof(float));
 }
 
-/* A block of C (m x n) from packed a and b, `steps` tiles along K. */
-static void multiply_packed(float *c, int64_t ldc, const float *a, const float *b, int64_t m, int64_t n, int64_t steps,
-                            const float *bias, int accumulate) {
-    const int64_t panels = ceil_div(n, PANEL);
-    for (int64_t s = 0; s < steps; s += DEPTH_STEPS) {
-        const int64_t depth = min64(DEPTH_STEPS, steps - s);
-        const int add = accumulate || s > 0;
-        for (int64_t i = 0; i < m; i += PANEL) {
-            const float *panel = a + i / PANEL * steps * STEP + s * STEP, *ahead = panel + steps * STEP;
-            const int64_t lines = i + PANEL < m ? ceil_div(STEP / LINE, panels) : 0;
-            for (int64_t j = 0; j < n; j += PANEL, ahead += lines * depth * LINE)
-                microkernel(c + i * ldc + j, ldc, panel, b + j / PANEL * steps * STEP + s * STEP, depth,
-                            min64(PANEL, m - i), min64(PANEL, n - j), bias && !add ? bias + j : NULL, add, ahead,
-                            lines);
+/* A block of C (m x n) from packed a and b, `steps` tiles along K, plus the old c or else bias. C is FP32, or BF16
+ * whose sums along the first steps are kept in `block`, a row of panels. */
+static void multiply_packed(void *c, int type, int64_t ldc, float *block, const float *a, const float *b, int64_t m,
+                            int64_t n, int64_t steps, const float *bias, int accumulate) {
+    float sums[2][PANEL * PANEL];
+    Beside beside = {0};
+    int turn = 0;
+    for (int64_t i = 0; i < m; i += PANEL)
+        for (int64_t s = 0; s < steps; s += DEPTH_STEPS) {
+            const int64_t depth = min64(DEPTH_STEPS, steps - s);
+            const int first = s == 0, last = s + depth == steps;
+            const float *panel = a + i / PANEL * steps * STEP + s * STEP;
+            beside.ahead = panel + depth * STEP;
+            beside.lines = !last || i + PANEL < m ? ceil_div(STEP / LINE, ceil_div(n, PANEL)) : 0;
+            for (int64_t j = 0; j < n; j += PANEL) {
+                const int64_t rows = min64(PANEL, m - i), columns = min64(PANEL, n - j);
+                const float *strip = b + j / PANEL * steps * STEP + s * STEP, *add = bias && first ? bias + j : NULL;
+                float *to = type == FP32 ? (float *)c + i * ldc + j : block + j * PANEL;
+                const int64_t ld = type == FP32 ? ldc : PANEL;
+                const float *old = first && !accumulate ? NULL : to;
+                if (type == BF16 && last) to = sums[turn ^= 1];
+                microkernel(to, ld, old, ld, panel, strip, depth, rows, columns, add, &beside);
+                if (type == BF16 && last) {
+                    round_rows(&beside.rounding, PANEL);
+                    beside.rounding = (Rounding){to, (uint16_t *)c + i * ldc + j, ldc, rows, columns};
+                }
+            }
         }
-    }
+    round_rows(&beside.rounding, PANEL);
 }
 
 void gemm_in_tiles(void *c, int c_type, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int64_t M,
@@ -168,8 +224,7 @@ void gemm_in_tiles(void *c, int c_type, int64_t ldc, Operand a, Operand b, const
         for (int64_t ic = 0; ic < M; ic += MC) {
             const int64_t numbers = min64(depth, K - pc), steps = ceil_div(numbers, DEEP), mc = min64(MC, M - ic);
             const int64_t groups = ceil_div(N, columns), fair = ceil_div(mc * groups, 4 * (int64_t)team->threads);
-            const int64_t rows = PANEL * min64(BLOCK_C / columns / PANEL, ceil_div(min64(mc, fair), PANEL));
-            const int64_t per_column = ceil_div(mc, rows);
+            const int64_t rows = round_up(min64(mc, fair), PANEL), per_column = ceil_div(mc, rows);
             int64_t packed = -1; /* the first column in packed_b; -1: none */
             for_shared (group, ceil_div(mc, PACK_PANELS * PANEL), worth(PACK_PANELS * PANEL * numbers / 4), team) {
                 const int64_t i = group * PACK_PANELS * PANEL;
@@ -179,18 +234,11 @@ void gemm_in_tiles(void *c, int c_type, int64_t ldc, Operand a, Operand b, const
             for_shared (task, groups * per_column, worth(rows * columns * numbers / 256), team) {
                 const int64_t i = task % per_column * rows, j = task / per_column * columns;
                 const int64_t m = min64(rows, mc - i), n = min64(columns, N - j);
-                const float *panels = packed_a + i / PANEL * steps * STEP, *add = pc == 0 && bias ? bias + j : NULL;
-                const int64_t at = (ic + i) * ldc + j;
                 if (packed != j) pack(packed_b, operand_from(b, j, pc), n, numbers, 0);
                 packed = j;
-                if (c_type == FP32)
-                    multiply_packed((float *)c + at, ldc, panels, packed_b, m, n, steps, add, accumulate || pc > 0);
-                else {
-                    multiply_packed(block, columns, panels, packed_b, m, n, steps, add, 0);
-                    for (int64_t r = 0; r < m; r++)
-                        for (int64_t k = 0; k < n; k += VF_LEN)
-                            store_n(c, at + r * ldc + k, vf_load_n(block + r * columns + k, n - k), n - k, BF16);
-                }
+                multiply_packed((char *)c + ((ic + i) * ldc + j) * (c_type == FP32 ? 4 : 2), c_type, ldc, block,
+                                packed_a + i / PANEL * steps * STEP, packed_b, m, n, steps,
+                                pc == 0 && bias ? bias + j : NULL, accumulate || pc > 0);
             }
         }
     tiles_end();
