@@ -223,7 +223,7 @@ void gemm_in_tiles(void *c, int c_type, int64_t ldc, Operand a, Operand b, const
     for (int64_t pc = 0; pc < K; pc += depth)
         for (int64_t ic = 0; ic < M; ic += MC) {
             const int64_t numbers = min64(depth, K - pc), steps = ceil_div(numbers, DEEP), mc = min64(MC, M - ic);
-            const int64_t groups = ceil_div(N, columns), fair = ceil_div(mc * groups, 4 * (int64_t)team->threads);
+            const int64_t groups = ceil_div(N, columns), fair = ceil_div(mc * groups, 8 * (int64_t)team->threads);
             const int64_t rows = round_up(min64(mc, fair), PANEL), per_column = ceil_div(mc, rows);
             int64_t packed = -1; /* the first column in packed_b; -1: none */
             for_shared (group, ceil_div(mc, PACK_PANELS * PANEL), worth(PACK_PANELS * PANEL * numbers / 4), team) {
