@@ -13,15 +13,20 @@ import builtins
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 __all__ = ["download", "serve"]
 
-START = "import sys; sys.path[:] = sys.argv[2:]; from gpt2c.files.hub_client import serve; serve()"
+START = (  # of a terminal's Ctrl-C the other process decides
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); import sys;"
+    " sys.path[:] = sys.argv[2:]; from gpt2c.files.hub_client import serve; serve()"
+)
+PACKAGES = str(Path(__file__).resolve().parents[2])  # where this package is
 
 
 # ---- this process --------------------------------------------------------------------------------
@@ -40,17 +45,27 @@ def download(source: str, revision: str | None, patterns: list[str]) -> str:
     ------
     OSError, ValueError : see `gpt2c.files.hub.find`
     """
-    question = json.dumps([source, revision, patterns])
-    command = [sys.executable, "-I", "-c", START, question, *sys.path]
-    pipe = subprocess.PIPE  # nothing is written to stdin: it closes when this process ends
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as process:
+    if not sys.executable or getattr(sys, "frozen", False):
+        raise OSError(
+            f"{_absent(source)}, and only Python downloads a model of that name, which this program"
+            " has inside of it: pass a directory"
+        )
+    question = json.dumps([os.getpid(), source, revision, patterns])
+    # a relative path may lead elsewhere by now, or to files that nobody meant to import
+    paths = [*filter(os.path.isabs, sys.path), PACKAGES]
+    command = [sys.executable, "-I", "-c", START, question, *paths]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        lines = process.stdout.read().splitlines()
-    if not lines:
+        try:
+            answer = process.stdout.read()
+        except BaseException:
+            process.kill()
+            raise
+    if not answer:
         raise OSError(
             f"{_absent(source)}, and the download of a model of that name ended without an answer"
         )
-    directory, error, arguments = json.loads(lines[-1])
+    directory, error, arguments = json.loads(answer)
     if error:
         raise getattr(builtins, error)(*arguments)
     return str(directory)
@@ -60,23 +75,35 @@ def download(source: str, revision: str | None, patterns: list[str]) -> str:
 
 
 def serve() -> None:
-    """Answer the question on the command line with a line of JSON: a directory, or an error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the other process decides
-    threading.Thread(target=_end_with_the_other, daemon=True).start()
+    """Answer the question on the command line in JSON: with a directory, or an error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what others print is no answer
+    parent, *question = json.loads(sys.argv[1])
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
-        answer: list[Any] = [_download(*json.loads(sys.argv[1])), None, []]
+        answer: list[Any] = [_download(*question), None, []]
     except Exception as error:
-        kind = next(c.__name__ for c in type(error).__mro__ if c.__module__ == "builtins")
-        arguments: list[Any] = [str(error)]
-        if isinstance(error, OSError) and error.errno is not None:
-            arguments = [error.errno, error.strerror, error.filename and str(error.filename)]
-        answer = [None, kind, arguments]
-    print(json.dumps(answer), flush=True)
+        answer = [None, *_as_builtin(error)]
+    print(json.dumps(answer), file=answers, flush=True)
 
 
-def _end_with_the_other() -> None:
-    os.read(0, 1)  # sys.stdin has a lock, which Python wants when it ends
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.1)
     os._exit(1)
+
+
+def _as_builtin(error: Exception) -> tuple[str, list[Any]]:
+    """Return the name and arguments of a MemoryError, ValueError or OSError that says the same."""
+    if isinstance(error, OSError) and type(error).__module__ == "builtins":
+        if error.errno is not None:
+            file = error.filename and str(error.filename)
+            return type(error).__name__, [error.errno, error.strerror, file]
+        return type(error).__name__, [str(error)]
+    for kind in (MemoryError, ValueError):
+        if isinstance(error, kind):
+            return kind.__name__, [str(error)]
+    return "OSError", [str(error)]
 
 
 def _download(source: str, revision: str | None, patterns: list[str]) -> str:

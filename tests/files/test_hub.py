@@ -387,10 +387,14 @@ def test_download_ends_with_its_process(client: Client, stop: signal.Signals) ->
         text=True,
         start_new_session=True,
     )
-    while not client.standin.requests:
-        time.sleep(0.01)
-    process.send_signal(stop)
-    _, errors = process.communicate(timeout=20)  # the download has the same stderr: it ended too
+    try:
+        while not client.standin.requests and process.poll() is None:
+            time.sleep(0.01)
+        assert process.poll() is None, "it asks a hub that does not answer"
+        process.send_signal(stop)
+        _, errors = process.communicate(timeout=20)  # the download's stderr too: it ended
+    finally:
+        process.kill()
     assert process.returncode == -stop
     assert errors.count("Traceback") == (stop == signal.SIGINT)
 
@@ -487,6 +491,32 @@ def test_error_names_the_extra_for_the_hub(
         match=rf"^the file or directory {name} does not exist here; .*pip install 'gpt2c\[hub\]'$",
     ):
         hub.find(name)
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ("raise UnicodeDecodeError('utf-8', b'x', 0, 1, 'bad')", "ValueError 'utf-8' codec .*bad"),
+        ("print('hello'); raise PermissionError(13, 'no', 'f')", r"PermissionError .*no: 'f'"),
+        ("import ssl; raise ssl.SSLError(1, 'untrusted')", r"OSError .*untrusted"),
+    ],
+)
+def test_any_error_of_the_client_arrives(
+    content: str, error: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Even if the client prints, which is no answer."""
+    (tmp_path / "huggingface_hub.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises((OSError, ValueError)) as found:
+        hub.find("user/model")
+    assert re.match(error, f"{type(found.value).__name__} {found.value}")
+
+
+def test_program_without_python_downloads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sys.executable would start the program again."""
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    with pytest.raises(OSError, match=r"^the file or directory gpt3 does not exist here, .*pass a"):
+        hub.find("gpt3")
 
 
 def test_download_without_an_answer_is_an_error(
