@@ -63,7 +63,7 @@ static inline __attribute__((always_inline)) void pack_tile(float *tile, Operand
     for (int i = 0; i < SIDE; i++) vf_store(tile + i * SIDE, lines[i]);
 }
 
-/* Prefetches what packing a panel's step reads: `runs` runs of PANEL or DEEP numbers, which are as many. */
+/* Prefetches what packing one step of a panel reads: `runs` runs of 32 numbers, of a row each or of a k each. */
 static inline __attribute__((always_inline)) void prefetch_step(Operand x, int64_t runs, const int k_contiguous,
                                                                 const int memory) {
     const int64_t stride = k_contiguous ? x.row_stride : x.k_stride, line = memory == FP32 ? LINE : PAIR * LINE;

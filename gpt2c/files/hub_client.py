@@ -108,22 +108,21 @@ def _as_builtin(error: Exception) -> tuple[str, list[Any]]:
 
 def _download(source: str, revision: str | None, patterns: list[str]) -> str:
     try:
-        import huggingface_hub
-
-        usual = huggingface_hub.get_session()
-    except (ImportError, AttributeError):  # not installed, or older than 1.0
+        from huggingface_hub import get_session, set_client_factory, snapshot_download
+    except ImportError:  # not installed, or older than 1.0
         raise FileNotFoundError(
             f"{_absent(source)}; if it is the name of a model on the hub, its download needs"
             " huggingface_hub 1.24 or newer: pip install 'gpt2c[hub]'"
         ) from None
-    checks = {"request": [*usual.event_hooks["request"], _check_request]}
-    checks["response"] = [*usual.event_hooks["response"], _check_response]
-    huggingface_hub.set_client_factory(
-        lambda: type(usual)(event_hooks=checks, follow_redirects=True, timeout=None)
-    )
     try:
+        usual = get_session()
+        checks = {"request": [*usual.event_hooks["request"], _check_request]}
+        checks["response"] = [*usual.event_hooks["response"], _check_response]
+        set_client_factory(
+            lambda: type(usual)(event_hooks=checks, follow_redirects=True, timeout=None)
+        )
         return str(
-            huggingface_hub.snapshot_download(
+            snapshot_download(
                 source,
                 revision=revision,
                 user_agent="gpt2c",
@@ -214,8 +213,8 @@ def _explain(error: Exception, source: str, revision: str | None) -> Exception:
         )
     if isinstance(cause, ValueError):
         return ValueError(f"{absent}, nor is there such a model on the hub, {hub}: {reason}")
-    if isinstance(cause, OSError) and cause.errno is not None:  # a full disk, no permission
-        return cause
+    if type(cause).__module__ == "builtins" and getattr(cause, "errno", None) is not None:
+        return cause  # a full disk, no permission
     return OSError(
         f"{absent}, and a model of that name cannot be downloaded from the hub, {hub}: {reason}"
     )

@@ -212,9 +212,14 @@ def stream(
     copies = settings.num_return_sequences
     texts = [
         Text(
-            *(prompt, settings, ends, slot, slot),
+            prompt,
+            settings,
+            ends,
+            slot,
+            slot,
             should_ends[slot] if should_ends else None,
-            *(look, unused),
+            look,
+            unused,
         )
         for slot, prompt in enumerate(prompt for prompt in prompts for _ in range(copies))
     ]

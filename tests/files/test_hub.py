@@ -294,6 +294,7 @@ def test_commands_take_repository_names(client: Client) -> None:
             r"ConnectionError .*:9, did not deliver a model of that name: [^\[]*refused",
         ),
         ({}, {"HF_HUB_CACHE": "/dev/null/cache"}, "NotADirectoryError .*/dev/null"),
+        ({}, {"SSL_CERT_FILE": "/dev/null"}, "OSError the .* cannot be downloaded .*certificate"),
     ],
 )
 def test_fault_of_the_hub_is_one_sentence(
