@@ -35,8 +35,9 @@ static inline __attribute__((always_inline)) void attend(float *out, const float
                                                          int64_t heads, int64_t n, int64_t HS, float *scores,
                                                          const int type) {
     const Linear by_keys = {keys.numbers, keys.scales, NULL, HS, n, type};
+    const Input queries = {q, NULL, NULL};
     const vf scale = vf_set1(1.0f / sqrtf((float)HS));
-    linear_columns(scores, &by_keys, q, NULL, heads, 0, n, 0);
+    linear_columns(scores, &by_keys, &queries, heads, 0, n, 0);
     for (int64_t h = 0; h < heads; h++, out += HS, scores += n) {
         vf highest = vf_set1(-INFINITY), sum = vf_set1(0.0f);
         for (int64_t t = 0; t < n; t += VF_LEN) {
@@ -95,35 +96,38 @@ static void norm(const Stage *s, const Quantized *q, int64_t N, Team *team) {
 /* Writes low (N,R) = factor * x down^T of an adapter. */
 static void adapter(const Stage *s, int64_t N, Team *team) {
     const Linear down = {s->down, NULL, NULL, s->linear.C, s->R, FP32};
+    const Input x = {s->x, NULL, NULL};
     for_shared (vector, ceil_div(s->R, VF_LEN), 1 + WORTH / (N * down.C * VF_LEN), team) {
         const int64_t from = vector * VF_LEN, to = min64(s->R, from + VF_LEN);
-        linear_columns(s->low, &down, s->x, NULL, N, from, to, 0);
+        linear_columns(s->low, &down, &x, N, from, to, 0);
         for (int64_t i = 0; i < N; i++)
             for (int64_t r = from; r < to; r++) s->low[i * s->R + r] *= s->factor;
     }
 }
 
 /* Columns [from, to) of out (N,OC) = the rows of the layer from `row` on, and of its adapter. */
-static void adapted_columns(float *out, const Stage *s, const Quantized *q, int64_t row, int64_t OC, int64_t N,
+static void adapted_columns(float *out, const Stage *s, const Input *x, int64_t row, int64_t OC, int64_t N,
                             int64_t from, int64_t to, int accumulate) {
     const Linear rows = linear_rows_of(&s->linear, row, row + OC);
-    linear_columns(out, &rows, s->x, q, N, from, to, accumulate);
+    linear_columns(out, &rows, x, N, from, to, accumulate);
     if (!s->down) return;
     const Linear up = {s->up + row * s->R, NULL, NULL, s->R, OC, FP32};
-    linear_columns(out, &up, s->low, NULL, N, from, to, 1);
+    const Input low = {s->low, NULL, NULL};
+    linear_columns(out, &up, &low, N, from, to, 1);
 }
 
-/* An INT8 layer reads x from q; `ready` says whether it is there. */
-static void matmul(const Stage *s, Quantized q, int ready, int64_t N, Team *team) {
+/* An INT8 layer reads x from q; `ready` says whether it is there. `words` is memory of the thread for its input. */
+static void matmul(const Stage *s, Quantized q, int ready, float *words, int64_t N, Team *team) {
     const Linear *layer = &s->linear;
     const int64_t C = layer->C, OC = s->then == SWIGLU ? layer->OC / 2 : layer->OC;
     if (layer->type == INT8 && !ready)
         for_shared (i, N, worth(C), team) quantize_row(q, s->x + i * C, i, C);
     if (s->down) adapter(s, N, team);
+    const Input x = input_of(layer, s->x, FP32, &q, s->precision, words, N);
     for_shared (vector, ceil_div(OC, VF_LEN), 1 + WORTH / (N * C * VF_LEN), team) {
         const int64_t from = vector * VF_LEN, to = min64(OC, from + VF_LEN);
-        adapted_columns(s->out, s, &q, 0, OC, N, from, to, s->then == ADD);
-        if (s->then == SWIGLU) adapted_columns(s->inner, s, &q, OC, OC, N, from, to, 0);
+        adapted_columns(s->out, s, &x, 0, OC, N, from, to, s->then == ADD);
+        if (s->then == SWIGLU) adapted_columns(s->inner, s, &x, OC, OC, N, from, to, 0);
         for (int64_t i = 0; i < N; i++) {
             float *row = s->out + i * OC;
             if (s->then == GELU) gelu_part(row, row, from, to);
@@ -133,10 +137,9 @@ static void matmul(const Stage *s, Quantized q, int ready, int64_t N, Team *team
 }
 
 /* A task is a head of keys and values with the queries that share it. */
-static void attention(const Stage *s, const int32_t *slots, const int32_t *positions, float *scratch, int64_t N,
+static void attention(const Stage *s, const int32_t *slots, const int32_t *positions, float *scores, int64_t N,
                       Team *team) {
     const int64_t HS = s->HS, KV = s->KV, P = s->P, heads = s->NH / KV, W = (s->NH + 2 * KV) * HS, D = HS / 2;
-    float *scores = scratch + team->member * heads * P;
     int64_t longest = 0;
     for (int64_t i = 0; i < N; i++) longest = positions[i] >= longest ? positions[i] + 1 : longest;
     for_shared (task, N * KV, 1 + WORTH / (2 * longest * HS * heads), team) {
@@ -170,29 +173,39 @@ static int64_t eight_bits_size(const Stage *stages, int64_t count, int64_t N) {
     return quantized_size(N, widest);
 }
 
+/* Floats of one thread: scores, or the input of a layer. */
+static int64_t own_size(const Stage *stages, int64_t count, int64_t N) {
+    int64_t size = 0;
+    for (const Stage *s = stages; s < stages + count; s++) {
+        if (s->op == ATTENTION && s->NH / s->KV * s->P > size) size = s->NH / s->KV * s->P;
+        if (s->op == MATMUL && input_size(N, s->linear.C) > size) size = input_size(N, s->linear.C);
+    }
+    return round_up(size, LINE);
+}
+
 int64_t decode_scratch_size(const Stage *stages, int64_t count, int64_t N, int threads) {
-    int64_t scores = 0;
-    for (const Stage *s = stages; s < stages + count; s++)
-        if (s->op == ATTENTION && s->NH / s->KV * s->P > scores) scores = s->NH / s->KV * s->P;
-    return eight_bits_size(stages, count, N) + threads * scores;
+    return round_up(eight_bits_size(stages, count, N), LINE) + threads * own_size(stages, count, N);
 }
 
 void decode_step(const Stage *stages, int64_t count, const int32_t *tokens, const int32_t *slots,
                  const int32_t *positions, float *scratch, int64_t N, Team *team) {
     const Stage *end = stages + count;
-    float *scores = scratch + eight_bits_size(stages, count, N);
+    float *own =
+        scratch + round_up(eight_bits_size(stages, count, N), LINE) + team->member * own_size(stages, count, N);
     int64_t products = 0;
     for (const Stage *s = stages; s < end; s++) products += s->op == MATMUL ? N * s->linear.C * s->linear.OC : 0;
     expect_tasks(team, products / WORTH);
+    tiles_begin();
     for (const Stage *s = stages; s < end && N > 0; s++) {
         const Quantized q = quantized_in(scratch, N, s->op == MATMUL ? s->linear.C : s->C);
         if (s->op == ENCODER)
             encoder(s, tokens, positions, N, team);
         else if (s->op == MATMUL)
-            matmul(s, q, s > stages && quantizes(s - 1, end), N, team);
+            matmul(s, q, s > stages && quantizes(s - 1, end), own, N, team);
         else if (s->op == ATTENTION)
-            attention(s, slots, positions, scores, N, team);
+            attention(s, slots, positions, own, N, team);
         else
             norm(s, quantizes(s, end) ? &q : NULL, N, team);
     }
+    tiles_end();
 }

@@ -156,8 +156,8 @@ enum {
     LAYERNORM,
     /* out (N,C) = x * rstd * gain */
     RMSNORM,
-    /* out (N,OC) = linear(x (N,C)); `then` says what follows. With an adapter, down (R,C) and up (OC,R), factor * x
-     * down^T up^T is added before that; down is else NULL. low (N,R) is scratch memory. */
+    /* out (N,OC) = linear(x (N,C)) with products of `precision`; `then` says what follows. With an adapter, down (R,C)
+     * and up (OC,R), factor * x down^T up^T is added before that; down is else NULL. low (N,R) is scratch memory. */
     MATMUL,
     /* out (N,NH HS) from x (N,(NH + 2 KV) HS), as attention_forward's qkv, and the texts' keys and values (S,KV,P,HS)
      * of type `cache`, with scales (S,KV,P) for SIGNED8, where the token's own are stored first. q and k in x are
@@ -168,7 +168,7 @@ enum {
  * silu(gate) * up of the two halves of its columns, with inner (N,OC/2) as scratch memory. */
 enum { WRITE, ADD, GELU, SWIGLU };
 typedef struct {
-    int op, then;
+    int op, then, precision;
     float *out, *x, *inner;
     Linear linear;
     const float *wpe, *gain, *shift, *cos, *sin;

@@ -210,17 +210,37 @@ static inline Rows cached_rows(const void *cache, const float *scales, int64_t r
  * for a cache of SIGNED8. */
 void store_cached(void *cache, float *scales, int64_t row, const void *x, int64_t HS, int type, int memory);
 
-/* Columns [from, to) of out (N,OC) = layer(x), added to out if `accumulate`. `from` is a multiple of VF_LEN. x is
- * (N,C); an INT8 layer reads the same rows from q, and one of SIGNED8 is a cache, whose rows multiply floats. One
- * thread does all of it: threads call it for different columns. */
-void linear_columns(float *out, const Linear *layer, const float *x, const Quantized *q, int64_t N, int64_t from,
-                    int64_t to, int accumulate);
+/* The rows of x (N,C) as the products of a layer read them: floats; what quantize_row() makes of them, for an INT8
+ * layer; and words of 32 bits, for products of BF16 and all that are on tiles, else NULL. */
+typedef struct {
+    const float *floats;
+    const Quantized *bytes;
+    const float *words;
+} Input;
+
+/* The input of a layer: floats, or, of BF16 in memory, only words. A thread has `words` (input_size) for itself; it is
+ * between tiles_begin() and tiles_end() when it uses them. `bytes` is NULL unless the layer is INT8. */
+Input input_of(const Linear *layer, const void *x, int memory, const Quantized *bytes, int precision, float *words,
+               int64_t N);
+int64_t input_size(int64_t N, int64_t C);
+
+/* Columns [from, to) of out (N,OC) = layer(x), added to out if `accumulate`. `from` is a multiple of VF_LEN. A layer of
+ * SIGNED8 is a cache, whose rows multiply floats. One thread does all of it: threads call it for different columns. */
+void linear_columns(float *out, const Linear *layer, const Input *x, int64_t N, int64_t from, int64_t to,
+                    int accumulate);
+
+#ifdef HAS_TILES
+/* linear_columns() of words. */
+void columns_on_tiles(float *out, const Linear *layer, const Input *x, int64_t N, int64_t from, int64_t to,
+                      int accumulate);
+#endif
 
 /* The layer that computes columns [from, to) of `layer`'s output. */
 Linear linear_rows_of(const Linear *layer, int64_t from, int64_t to);
 
-/* out (N,OC) = layer(x (N,C)) for few rows, or with INT8 for any number. */
-void linear_rows(float *out, const Linear *layer, const float *x, float *scratch, int64_t N, Team *team);
+/* out (N,OC) = layer(x (N,C)) for few rows, or with INT8 for any number; `memory` is the type of x. */
+void linear_rows(float *out, const Linear *layer, const void *x, int memory, int precision, float *scratch, int64_t N,
+                 Team *team);
 int64_t linear_scratch_size(int64_t N, int64_t C, int type, int threads);
 
 enum { FEW_ROWS = 16 }; /* up to this N, reading the weights takes longer than the arithmetic */

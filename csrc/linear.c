@@ -1,4 +1,5 @@
-/* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC) for few rows, with weights in FP32, FP16 or INT8.
+/* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC) for few rows, with weights in FP32, FP16 or INT8, and products of
+ * floats or, of the first two, of BF16.
  *
  * With few rows memory limits the speed: each weight is read once for few products, and smaller weights are faster. So
  * weights are read in place, row by row, for all rows of x at once. A tile is some rows of weight times one or four
@@ -10,6 +11,9 @@
  * scale (dynamic quantization, as in Dettmers et al. 2022, arXiv:2208.07339, but without separate outliers). Sums of
  * products are then integers, exact and equal on every instruction set:
  * sum((byte - 128) x8) = sum(byte x8) - 128 sum(x8).
+ *
+ * BF16: the words of x are pairs of its numbers (simd.h), and weights become pairs as they are read. Where a CPU has
+ * tiles, linear_tiles.c does this, and the products of bytes of more than a few rows.
  *
  * With many rows arithmetic limits the speed. FP32 and FP16 then go through gemm.c (see matmul.c). INT8 stays here,
  * because one instruction does more of its products; the columns of out then lie in the lanes. */
@@ -71,16 +75,18 @@ static inline __attribute__((always_inline)) void prefetch_weights(const char **
     *ahead += vectors * bytes;
 }
 
-/* acc[r * outs + o] += weight row o . row r of x over the n channels from c on, at most one vector. w[o] and
- * x + r * ldx are the rows. */
+/* acc[r * outs + o] += weight row o . row r of x over the n channels from c on, at most a vector of them. w[o] and
+ * x + r * ldx are the rows, x of floats or of pairs of BF16. */
 static inline __attribute__((always_inline)) void float_products(vf *acc, const void *const *w, const float *x,
                                                                  int64_t ldx, int64_t c, int64_t n, const int outs,
-                                                                 const int rows, const int type) {
+                                                                 const int rows, const int type, const int precision) {
+    const int64_t each = numbers_of_lane(precision);
     vf wc[MAX_OUTS];
-    for (int o = 0; o < outs; o++) wc[o] = load_numbers(w[o], c, n, type);
+    for (int o = 0; o < outs; o++)
+        wc[o] = precision == BF16 ? load_lanes(element(w[o], c, type), n, BF16, type) : load_numbers(w[o], c, n, type);
     for (int r = 0; r < rows; r++) {
-        const vf xc = vf_load_n(x + r * ldx + c, n);
-        for (int o = 0; o < outs; o++) acc[r * outs + o] = vf_fma(wc[o], xc, acc[r * outs + o]);
+        const vf xc = vf_load_n(x + r * ldx + c / each, ceil_div(n, each));
+        for (int o = 0; o < outs; o++) acc[r * outs + o] = multiply_lanes(wc[o], xc, acc[r * outs + o], precision);
     }
 }
 
@@ -131,19 +137,20 @@ static inline __attribute__((always_inline)) void weight_rows(const void *w[MAX_
 }
 
 /* acc = partial sums of outs * rows pairs, a vector for each pair. */
-static inline __attribute__((always_inline)) void sum_floats(vf *acc, const Linear *layer, const float *x, int64_t j,
-                                                             const char **ahead, const int vectors, const int outs,
-                                                             const int rows, const int type) {
-    const int64_t C = layer->C;
+static inline __attribute__((always_inline)) void sum_floats(vf *acc, const Linear *layer, const float *x, int64_t ldx,
+                                                             int64_t j, const char **ahead, const int vectors,
+                                                             const int outs, const int rows, const int type,
+                                                             const int precision) {
+    const int64_t C = layer->C, step = VF_LEN * numbers_of_lane(precision);
     const void *w[MAX_OUTS];
     int64_t c = 0;
     weight_rows(w, layer, j, outs, type);
     for (int k = 0; k < outs * rows; k++) acc[k] = vf_set1(0.0f);
-    for (; c + VF_LEN <= C; c += VF_LEN) {
-        prefetch_weights(ahead, vectors, type);
-        float_products(acc, w, x, C, c, VF_LEN, outs, rows, type);
+    for (; c + step <= C; c += step) {
+        prefetch_weights(ahead, vectors * (precision == BF16 ? 2 : 1), type);
+        float_products(acc, w, x, ldx, c, step, outs, rows, type, precision);
     }
-    if (c < C) float_products(acc, w, x, C, c, C - c, outs, rows, type);
+    if (c < C) float_products(acc, w, x, ldx, c, C - c, outs, rows, type, precision);
 }
 
 static inline __attribute__((always_inline)) void sum_int8(vi *acc, const Linear *layer, const Quantized *q, int64_t i,
@@ -165,11 +172,15 @@ static inline __attribute__((always_inline)) void sum_int8(vi *acc, const Linear
     for (int k = 0; k < outs * rows; k++) acc[k] = part[k];
 }
 
+/* The row of x, or of its words, that an FP32 or FP16 layer reads. */
+static inline int64_t input_stride(int64_t C, const int precision) { return ceil_div(C, numbers_of_lane(precision)); }
+
 /* The tile at row i, column j of out: TILE_ROWS rows of x. */
 static inline __attribute__((always_inline)) void multi_row_tile(float *out, const Linear *layer, const float *x,
                                                                  const Quantized *q, int64_t i, int64_t j,
                                                                  int accumulate, const char **ahead, const int vectors,
-                                                                 const int type) {
+                                                                 const int type, const int precision) {
+    const int64_t ldx = input_stride(layer->C, precision);
     vf sums;
     if (type == INT8) {
         vi acc[VF_LEN];
@@ -177,7 +188,7 @@ static inline __attribute__((always_inline)) void multi_row_tile(float *out, con
         sums = vi_to_vf(vi_sums(acc));
     } else {
         vf acc[VF_LEN];
-        sum_floats(acc, layer, x + i * layer->C, j, ahead, vectors, TILE_OUTS, TILE_ROWS, type);
+        sum_floats(acc, layer, x + i * ldx, ldx, j, ahead, vectors, TILE_OUTS, TILE_ROWS, type, precision);
         sums = vf_sums(acc);
     }
     if (layer->OC - j >= TILE_OUTS)
@@ -189,7 +200,9 @@ static inline __attribute__((always_inline)) void multi_row_tile(float *out, con
 /* The same for one row of x. */
 static inline __attribute__((always_inline)) void single_row_tile(float *out, const Linear *layer, const float *x,
                                                                   const Quantized *q, int64_t i, int64_t j,
-                                                                  int accumulate, const char **ahead, const int type) {
+                                                                  int accumulate, const char **ahead, const int type,
+                                                                  const int precision) {
+    const int64_t ldx = input_stride(layer->C, precision);
     vf sums;
     if (type == INT8) {
         vi acc[VF_LEN];
@@ -199,7 +212,7 @@ static inline __attribute__((always_inline)) void single_row_tile(float *out, co
     } else {
         vf acc[VF_LEN];
         for (int o = 0; o < VF_LEN; o += SINGLE_OUTS)
-            sum_floats(acc + o, layer, x + i * layer->C, j + o, ahead, SINGLE_OUTS, SINGLE_OUTS, 1, type);
+            sum_floats(acc + o, layer, x + i * ldx, ldx, j + o, ahead, SINGLE_OUTS, SINGLE_OUTS, 1, type, precision);
         sums = vf_sums(acc);
     }
     if (layer->OC - j >= VF_LEN)
@@ -208,23 +221,25 @@ static inline __attribute__((always_inline)) void single_row_tile(float *out, co
         store_tile(out, sums, layer, q, i, j, layer->OC - j, accumulate, 1, type);
 }
 
-/* linear_columns() compiled for one type of weight. */
+/* linear_columns() compiled for one type of weight and one precision; x has floats or words. */
 static inline __attribute__((always_inline)) void columns_of_type(float *out, const Linear *layer, const float *x,
                                                                   const Quantized *q, int64_t N, int64_t from,
-                                                                  int64_t to, int accumulate, const int type) {
+                                                                  int64_t to, int accumulate, const int type,
+                                                                  const int precision) {
     const int64_t groups = TILE_ROWS > 1 ? N / TILE_ROWS : 0;
     const int64_t rows_ahead = groups > 0 ? VF_LEN / 2 : VF_LEN; /* the first level holds rows of x, too */
     for (int64_t j = from; j < to; j += VF_LEN) {
         const char *ahead = (const char *)layer->weight + (j + rows_ahead) * layer->C * bytes_of(type);
         for (int64_t k = j; k < min64(j + VF_LEN, to) && groups > 0; k += TILE_OUTS) {
             if (groups == 1)
-                multi_row_tile(out, layer, x, q, 0, k, accumulate, &ahead, TILE_OUTS, type);
+                multi_row_tile(out, layer, x, q, 0, k, accumulate, &ahead, TILE_OUTS, type, precision);
             else
                 for (int64_t i = 0; i < groups; i++)
-                    multi_row_tile(out, layer, x, q, i * TILE_ROWS, k, accumulate, &ahead, (TILE_OUTS + 1) / 2, type);
+                    multi_row_tile(out, layer, x, q, i * TILE_ROWS, k, accumulate, &ahead, (TILE_OUTS + 1) / 2, type,
+                                   precision);
         }
         for (int64_t i = groups * TILE_ROWS; i < N; i++)
-            single_row_tile(out, layer, x, q, i, j, accumulate, &ahead, type);
+            single_row_tile(out, layer, x, q, i, j, accumulate, &ahead, type, precision);
     }
 }
 
@@ -234,16 +249,42 @@ Linear linear_rows_of(const Linear *layer, int64_t from, int64_t to) {
     return (Linear){weight, scale, bias, layer->C, to - from, layer->type};
 }
 
-void linear_columns(float *out, const Linear *layer, const float *x, const Quantized *q, int64_t N, int64_t from,
-                    int64_t to, int accumulate) {
+#ifndef HAS_TILES
+int64_t input_size(int64_t N, int64_t C) { return N * input_stride(C, BF16); }
+
+Input input_of(const Linear *layer, const void *x, int memory, const Quantized *bytes, int precision, float *words,
+               int64_t N) {
+    const int64_t C = layer->C, stride = input_stride(C, BF16);
+    const Input in = {x, bytes, NULL}, pairs = {NULL, bytes, words};
+    if (layer->type == INT8 || precision == FP32) return in;
+    for (int64_t i = 0; i < N; i++)
+        for (int64_t c = 0; c < C; c += 2 * VF_LEN)
+            vf_store_n(words + i * stride + c / 2, load_lanes(element(x, i * C + c, memory), C - c, BF16, memory),
+                       stride - c / 2);
+    return pairs;
+}
+#endif
+
+void linear_columns(float *out, const Linear *layer, const Input *x, int64_t N, int64_t from, int64_t to,
+                    int accumulate) {
+#ifdef HAS_TILES
+    if (x->words) {
+        columns_on_tiles(out, layer, x, N, from, to, accumulate);
+        return;
+    }
+#endif
     if (layer->type == INT8)
-        columns_of_type(out, layer, x, q, N, from, to, accumulate, INT8);
-    else if (layer->type == FP16)
-        columns_of_type(out, layer, x, NULL, N, from, to, accumulate, FP16);
+        columns_of_type(out, layer, NULL, x->bytes, N, from, to, accumulate, INT8, FP32);
     else if (layer->type == SIGNED8)
-        columns_of_type(out, layer, x, NULL, N, from, to, accumulate, SIGNED8);
+        columns_of_type(out, layer, x->floats, NULL, N, from, to, accumulate, SIGNED8, FP32);
+    else if (layer->type == FP16 && x->words)
+        columns_of_type(out, layer, x->words, NULL, N, from, to, accumulate, FP16, BF16);
+    else if (layer->type == FP16)
+        columns_of_type(out, layer, x->floats, NULL, N, from, to, accumulate, FP16, FP32);
+    else if (x->words)
+        columns_of_type(out, layer, x->words, NULL, N, from, to, accumulate, FP32, BF16);
     else
-        columns_of_type(out, layer, x, NULL, N, from, to, accumulate, FP32);
+        columns_of_type(out, layer, x->floats, NULL, N, from, to, accumulate, FP32, FP32);
 }
 
 /* ---- many rows, INT8 ------------------------------------------------------------------------------------------ */
@@ -272,11 +313,6 @@ static int64_t words_size(int64_t N, int64_t C) { return WORDS > 1 ? N * (C / CH
 
 /* A word in all lanes. */
 static inline vi repeat_word(float word) { return vf_as_vi(vf_set1(word)); }
-static inline vi repeat(int32_t a) {
-    float word;
-    memcpy(&word, &a, 4);
-    return repeat_word(word);
-}
 
 /* words (C / 2) = a quantized row, as numbers of 16 bits. */
 static void make_words(float *words, const int8_t *x, int64_t C) {
@@ -314,7 +350,7 @@ static inline void store_sums(float *out, vi sums, const Linear *layer, float sc
  * lie; what is read behind the last row is memory of `packed`, and its products are not used. */
 static void multiply_strip(float *out, const Linear *layer, Quantized q, const float *x, int64_t N, int64_t j,
                            int64_t n, float *packed) {
-    enum { SIDE = 16, ROWS = 2 * SIDE };
+    enum { ROWS = 2 * SIDE };
     const int64_t C = layer->C, used = C / CHANNELS * STRIP_COLUMNS, row = 4 * STRIP_COLUMNS;
     (void)x;
     pack_strip(packed, (const uint8_t *)layer->weight + j * C, n, C);
@@ -343,7 +379,7 @@ static void multiply_strip(float *out, const Linear *layer, Quantized q, const f
         tile_store(3, sums[SIDE] + SIDE, row);
         for (int64_t r = 0; r < min64(ROWS, N - i); r++)
             for (int64_t v = 0; v < n; v += VF_LEN) {
-                const vi whole = vi_add(vf_as_vi(vf_load((const float *)sums[r] + v)), repeat(-128 * q.sums[i + r]));
+                const vi whole = vi_add(vf_as_vi(vf_load((const float *)sums[r] + v)), vi_set1(-128 * q.sums[i + r]));
                 store_sums(out + (i + r) * layer->OC + j + v, whole, layer, q.scales[i + r], j + v, n - v);
             }
     }
@@ -360,7 +396,7 @@ static void multiply_strip(float *out, const Linear *layer, Quantized q, const f
         const float *row[STRIP_ROWS], *w = packed;
         for (int r = 0; r < STRIP_ROWS; r++) { /* rows past the last are the last */
             row[r] = x + min64(i + r, N - 1) * words;
-            for (int v = 0; v < STRIP_VECTORS; v++) acc[r][v] = repeat(-128 * q.sums[min64(i + r, N - 1)]);
+            for (int v = 0; v < STRIP_VECTORS; v++) acc[r][v] = vi_set1(-128 * q.sums[min64(i + r, N - 1)]);
         }
         for (int64_t c = 0; c < words; c++, w += STRIP_COLUMNS) {
             vb wc[STRIP_VECTORS];
@@ -387,7 +423,8 @@ static void make_words(float *words, const int8_t *x, int64_t C) { (void)words, 
 static void multiply_strip(float *out, const Linear *layer, Quantized q, const float *x, int64_t N, int64_t j,
                            int64_t n, float *packed) {
     (void)packed, (void)x;
-    linear_columns(out, layer, NULL, &q, N, j, j + n, 0);
+    const Input in = {NULL, &q, NULL};
+    linear_columns(out, layer, &in, N, j, j + n, 0);
 }
 #endif
 
@@ -398,33 +435,45 @@ enum {
     TASK_COLUMNS = 64
 };
 
-int64_t linear_scratch_size(int64_t N, int64_t C, int type, int threads) {
-    return type == INT8 ? quantized_size(N, C) + words_size(N, C) + threads * packed_size(C) : 0;
+/* Floats of one thread: packed weights of many rows, or the input of few. */
+static int64_t own_size(int64_t N, int64_t C, int type) {
+    const int64_t input = N <= FEW_ROWS ? input_size(N, C) : 0, packed = type == INT8 ? packed_size(C) : 0;
+    return round_up(input > packed ? input : packed, LINE);
 }
 
-void linear_rows(float *out, const Linear *layer, const float *x, float *scratch, int64_t N, Team *team) {
+int64_t linear_scratch_size(int64_t N, int64_t C, int type, int threads) {
+    const int64_t shared = type == INT8 ? quantized_size(N, C) + words_size(N, C) : 0;
+    return round_up(shared, LINE) + threads * own_size(N, C, type);
+}
+
+void linear_rows(float *out, const Linear *layer, const void *x, int memory, int precision, float *scratch, int64_t N,
+                 Team *team) {
     const int64_t C = layer->C, OC = layer->OC;
     const int int8 = layer->type == INT8, in_strips = int8 && N > STRIP_LEAST && C % CHANNELS == 0;
     const Quantized q = quantized_in(scratch, N, C);
     const int64_t task_rows = in_strips ? N : TASK_ROWS, task_columns = in_strips ? STRIP_COLUMNS : TASK_COLUMNS,
                   column_tasks = ceil_div(OC, task_columns);
+    const int64_t shared = int8 ? quantized_size(N, C) + words_size(N, C) : 0;
     float *words = scratch + quantized_size(N, C);
-    float *packed = words + words_size(N, C) + team->member * packed_size(C);
+    float *own = scratch + round_up(shared, LINE) + team->member * own_size(N, C, layer->type);
     if (int8)
         for_shared (i, N, worth(C), team) {
-            quantize_row(q, x + i * C, i, C);
+            quantize_row(q, (const float *)x + i * C, i, C);
             if (in_strips && WORDS > 1) make_words(words + i * (C / CHANNELS * WORDS), q.values + i * q.stride, C);
         }
-    if (in_strips) tiles_begin();
+    tiles_begin();
+    Input few = {NULL, NULL, NULL};
+    if (N <= FEW_ROWS) few = input_of(layer, x, memory, &q, precision, own, N);
     const float *x_words = WORDS > 1 ? words : (const float *)q.values;
     for_shared (task, column_tasks * ceil_div(N, task_rows), worth(task_columns * min64(task_rows, N) * C / 16), team) {
         const int64_t j = task % column_tasks * task_columns, i = task / column_tasks * task_rows,
                       n = min64(task_columns, OC - j);
         const Quantized part = {q.scales + i, q.sums + i, q.values + i * q.stride, q.stride};
+        const Input of_part = {few.floats, &part, few.words}; /* only INT8 layers take more than few rows */
         if (in_strips)
-            multiply_strip(out, layer, q, x_words, N, j, n, packed);
+            multiply_strip(out, layer, q, x_words, N, j, n, own);
         else
-            linear_columns(out + i * OC, layer, x + i * C, int8 ? &part : NULL, min64(task_rows, N - i), j, j + n, 0);
+            linear_columns(out + i * OC, layer, &of_part, min64(task_rows, N - i), j, j + n, 0);
     }
-    if (in_strips) tiles_end();
+    tiles_end();
 }

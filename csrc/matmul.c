@@ -1,7 +1,7 @@
 /* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC): the linear layer, one matrix product forward, two backward.
  *
  * Forward takes 2 N C OC operations, backward twice as many. gemm.c computes both and divides them among the threads.
- * With INT8 weights, or few rows (up to FEW_ROWS) and products of floats, linear.c computes forward. Else smaller
+ * With INT8 weights, or few rows (up to FEW_ROWS), linear.c computes forward. Else smaller
  * weights are converted to FP32, some of their rows at a time. An out of BF16 is computed in float, a block of rows at
  * a time. */
 
@@ -18,13 +18,11 @@ static void convert_rows(float *weight32, const Linear *layer, int64_t j, int64_
 }
 
 /* Whether linear.c computes forward. */
-static int reads_in_place(int64_t N, int precision, int type) {
-    return type == INT8 || (N <= FEW_ROWS && precision == FP32);
-}
+static int reads_in_place(int64_t N, int type) { return type == INT8 || N <= FEW_ROWS; }
 
 int64_t matmul_scratch_size(int64_t N, int64_t C, int64_t OC, int precision, int out_type, int type, int threads) {
     const int64_t rows = out_type == BF16 ? min64(N, gemm_rows()) * OC : 0;
-    if (reads_in_place(N, precision, type)) return rows + linear_scratch_size(N, C, type, threads);
+    if (reads_in_place(N, type)) return rows + linear_scratch_size(N, C, type, threads);
     return rows + products_scratch_size(precision, threads) + converted_size(C, OC, type);
 }
 
@@ -36,8 +34,8 @@ int64_t matmul_backward_scratch_size(int64_t C, int64_t OC, int precision, int t
 static void forward(float *out, Operand x, const void *weight, const float *bias, const float *scale, int precision,
                     int type, float *scratch, int64_t N, int64_t C, int64_t OC, Team *team) {
     const Linear layer = {weight, scale, bias, C, OC, type};
-    if (reads_in_place(N, precision, type)) {
-        linear_rows(out, &layer, x.data, scratch, N, team);
+    if (reads_in_place(N, type)) {
+        linear_rows(out, &layer, x.data, x.memory, precision, scratch, N, team);
         return;
     }
     if (type == FP32) {
@@ -66,7 +64,7 @@ void matmul_forward(void *out, const void *x, const void *weight, const float *b
         return;
     }
 #ifdef HAS_TILES
-    if (precision == BF16 && type != INT8 && C <= tiles_depth()) {
+    if (precision == BF16 && !reads_in_place(N, type) && C <= tiles_depth()) {
         gemm_in_tiles(out, BF16, OC, (Operand){x, C, 1, x_type}, (Operand){weight, C, 1, type}, bias, 0, N, OC, C,
                       scratch, team);
         return;

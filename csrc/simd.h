@@ -415,6 +415,13 @@ static inline vi vi_sums(vi rows[VF_LEN]) {
         }
     return rows[0];
 }
+/* A number in all lanes. */
+static inline vi vi_set1(int32_t a) {
+    float word;
+    memcpy(&word, &a, 4);
+    return vf_as_vi(vf_set1(word));
+}
+
 /* ---- BF16: the upper half of a float, so 8 bits of precision and the range of float ---------------------------- */
 
 /* Bits of a vector, and VF_LEN numbers of 16 bits; the arithmetic on them is GCC's and Clang's own. */
@@ -478,6 +485,7 @@ static inline vf_halves vf_to_halves(vf x) { return __builtin_convertvector(vf_t
 
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__)
 #define HAS_TILES
+enum { SIDE = 16 }; /* rows of a tile, and lanes of 32 bits in each */
 /* A thread may use tiles between these two. All eight are whole. */
 static inline void tiles_begin(void) {
     struct {
@@ -503,6 +511,8 @@ static inline void tiles_end(void) { __asm__ volatile("tilerelease"); }
 #define tile_dot_bf16(t, a, b) __asm__ volatile("tdpbf16ps %tmm" #b ", %tmm" #a ", %tmm" #t)
 /* The same of 16 x 16 sums of 32 bits: a has rows of 64 signed bytes, b four unsigned ones for each column. */
 #define tile_dot_bytes(t, a, b) __asm__ volatile("tdpbsud %tmm" #b ", %tmm" #a ", %tmm" #t)
+/* a has unsigned bytes, and b signed ones. */
+#define tile_dot_unsigned(t, a, b) __asm__ volatile("tdpbusd %tmm" #b ", %tmm" #a ", %tmm" #t)
 #else
 static inline void tiles_begin(void) {}
 static inline void tiles_end(void) {}

@@ -24,7 +24,6 @@
 #ifdef HAS_TILES
 
 enum {
-    SIDE = 16, /* rows of a tile, and lanes of 32 bits in each */
     PANEL = 2 * SIDE,
     PAIR = 2,                      /* numbers in a lane */
     DEEP = PAIR * SIDE,            /* numbers along K in a tile */

@@ -34,10 +34,10 @@ class GPT2(CausalLM):
     weights : "fp32", or "fp16" or "int8" for a model that is only read: see `quantize`
     precision : of the products of matrices. "bf16" rounds their factors to 16 bits (bfloat16) and
         adds in float32; weights, their moments, the residual stream, norms, softmax and loss stay
-        float32. Decoding multiplies in float32, too, because memory, not arithmetic, limits its
-        speed. What backward needs and only products read is kept in 16 bits, and GELU's output is
-        computed again: 1.3 GB in place of 2.5 for 4 x 1024 tokens of GPT-2 124M. It is slow on CPUs
-        without instructions for it. "auto" takes what this CPU computes fastest
+        float32, and so does attention in a step of decoding. What backward needs and only products
+        read is kept in 16 bits, and GELU's output is computed again: 1.3 GB in place of 2.5 for 4 x
+        1024 tokens of GPT-2 124M. It is slow on CPUs without instructions for it. "auto" takes what
+        this CPU computes fastest
 
     Attributes
     ----------

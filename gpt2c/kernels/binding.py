@@ -135,6 +135,7 @@ class Kernels:
                 entry["R"] = given["low"].shape[-1]
             for name in ("op", "then"):
                 entry[name] = getattr(self._lib, given.pop(name).upper())
+            entry["precision"] = self._precisions[given.pop("precision")]
             linear = {}
             if "weight" in given:
                 weight = given.pop("weight")

@@ -159,6 +159,7 @@ class Stage(NamedTuple):
     op : "encoder", "layernorm", "rmsnorm", "matmul" or "attention"
     out, x : what it writes and reads
     then : of a matmul: "write", "add" to out, "gelu" or "swiglu"
+    precision : of a matmul's products
     down, up, low, factor : of a matmul with an adapter
     the others : see the header; None or 0 where the op has none
     """
@@ -167,6 +168,7 @@ class Stage(NamedTuple):
     out: Array
     x: Array | None = None
     then: str = "write"
+    precision: str = "fp32"
     inner: Array | None = None
     weight: NDArray[Any] | None = None
     scale: Array | None = None

@@ -69,7 +69,8 @@ class Head:
 
     def stages(self, ctx: Pass, out: Array, x: Array) -> Iterable[Stage]:
         """Yield the stage that does `forward`."""
-        yield Stage("matmul", out, x, weight=ctx.p[self.weight], scale=ctx.p.get(self.scale))
+        weight, scale = ctx.p[self.weight], ctx.p.get(self.scale)
+        yield Stage("matmul", out, x, precision=ctx.precision, weight=weight, scale=scale)
 
     def losses(self, ctx: Pass, x: Array, objective: Objective) -> Array:
         """Return the losses (N,) of x (N, C)."""

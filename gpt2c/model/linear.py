@@ -74,7 +74,8 @@ class Linear:
         """Yield the stage that does `forward` and `then`, see `Stage`."""
         weight, scale, bias = ctx.p[self.weight], ctx.p.get(self.scale), ctx.p.get(self.bias)
         adapter = self.adapter.stage(ctx) if self.adapter else {}
-        yield Stage("matmul", out, x, then, inner, weight=weight, scale=scale, bias=bias, **adapter)
+        layer = {"weight": weight, "scale": scale, "bias": bias, "inner": inner, **adapter}
+        yield Stage("matmul", out, x, then, ctx.precision, **layer)
 
     def backward(self, ctx: Pass, d_x: Array | None, d_out: Array, x: Array) -> None:
         """Write d_x (N, C), which may be x, and the gradients of the parameters.

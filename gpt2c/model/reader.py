@@ -31,9 +31,6 @@ __all__ = ["CACHES", "CHUNK", "CacheType", "Decoder", "check_cache"]
 # Tokens in one pass: enough that arithmetic takes longer than loading the weights, and few enough
 # that the activations stay in the cache.
 CHUNK = 512
-# Up to this many tokens, loading the weights takes longer than products of float32, whatever their
-# type: csrc has the same FEW_ROWS, up to which weights are used where they lie.
-FEW = 16
 LOGITS_ROWS = 64  # rows of logits in memory while a text is scored: 13 MB at V = 50257
 # the types of a cache; int8 has a float32 scale for each row of HS numbers
 CacheType = Literal["fp32", "fp16", "int8"]
@@ -56,8 +53,7 @@ class Decoder:
     backend : the ops that compute
     slots : the number of texts, a slot for each
     capacity : the most tokens of a text, at most n_positions
-    precision : of the products of matrices with more than FEW tokens; up to FEW tokens have
-        float32's, which are as fast there
+    precision : of the products of matrices
     cache : the type of keys and values, "fp32", "fp16" or "int8". All that a token sees of a text
         comes from the cache, its own key and value too, so a text read at once or in parts gets the
         same logits, but for the order of sums, and the rounding of 16-bit products
@@ -119,12 +115,8 @@ class Decoder:
         self._cache = Cache(**typed_views(memory, layout))
         self._logits = aligned_zeros(slots * config.vocab_size).reshape(slots, -1)
         floats = all(a.dtype != np.uint8 for a in parameters.values())
-        self._activations = {  # by precision; see plan.has_halves
-            each: Activations(
-                self._stack.slots, None, each == "bf16" and config.lora is None and floats
-            )
-            for each in {precision, "fp32"}
-        }
+        halves = precision == "bf16" and config.lora is None and floats  # see plan.has_halves
+        self._activations = Activations(self._stack.slots, None, halves)
         self._stages: Any = None  # bound at the first step
 
     def __repr__(self) -> str:
@@ -171,7 +163,11 @@ class Decoder:
         """Return the stages of a step, in memory of their own, as kernels take them."""
         batch = Batch(self.slots, 1)
         a = Activations(self._stack.slots, None).lay_out(batch, keep=False)
-        ctx = Pass(self._backend, self._parameters, a, batch, caches=self._caches(slice(None)))
+        ctx = Pass(
+            *(self._backend, self._parameters, a, batch),
+            caches=self._caches(slice(None)),
+            precision=self._precision,
+        )
         return self._backend.bind_step(self._stack.stages(ctx, self._logits))
 
     def read(self, tokens: NDArray[np.int32], slot: int, position: int) -> Array:
@@ -249,9 +245,7 @@ class Decoder:
         if not (out.flags.carray and rows.flags.c_contiguous and rows.flags.aligned):
             raise ValueError("out and rows must be C-contiguous and aligned, and out writeable")
         batch = Batch(1, len(rows))
-        ctx = Pass(
-            *(self._backend, self._parameters, {}, batch), precision=self._precision_of(len(rows))
-        )
+        ctx = Pass(self._backend, self._parameters, {}, batch, precision=self._precision)
         self._stack.head.forward(ctx, out, rows)
 
     def losses(
@@ -310,18 +304,13 @@ class Decoder:
     def _start(self, T: int, slot: int, position: int) -> Pass:
         """Lay out a pass of T tokens of one text through the blocks."""
         batch, caches = Batch(1, T), self._caches(slice(slot, slot + 1))
-        precision = self._precision_of(T)
-        a = self._activations[precision].lay_out(batch, keep=False)
+        a = self._activations.lay_out(batch, keep=False)
         return Pass(
             *(self._backend, self._parameters, a, batch),
             caches=caches,
             position=position,
-            precision=precision,
+            precision=self._precision,
         )
-
-    def _precision_of(self, rows: int) -> str:
-        """Return the precision of products with this many rows."""
-        return self._precision if rows > FEW else "fp32"
 
     def _caches(self, slots: slice) -> dict[str, Cache]:
         """Return the keys and values of some slots, by the name of their attention."""

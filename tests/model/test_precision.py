@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from gpt2c.kernels.backend import get_backend
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.model.plan import KEPT, Activations
-from gpt2c.model.reader import FEW
 
 ODD = GPT2Config(vocab_size=61, n_positions=70, n_embd=34, n_layer=3, n_head=2, n_inner=51)
 LLAMA = LlamaConfig(61, 30, 71, 2, 6, 2, 10, 70)
@@ -141,20 +139,32 @@ def test_reading_has_the_precision(backend: Any, rng: np.random.Generator) -> No
     assert not np.array_equal(model.trace(idx)["h.1.out"], other.trace(idx)["h.1.out"])
 
 
-def test_few_tokens_are_those_that_c_reads_with_weights_in_place() -> None:
-    header = Path(__file__).resolve().parents[2] / "csrc" / "internal.h"
-    if not header.exists():
-        pytest.skip("csrc/internal.h is not there: not a source tree")
-    assert f"enum {{ FEW_ROWS = {FEW} }};" in header.read_text(encoding="utf-8")
+@BOTH
+@pytest.mark.parametrize("weights", ["fp32", "fp16"])
+@pytest.mark.parametrize("texts", [1, 6, 40])
+def test_steps_have_the_precision(
+    config: Any, weights: str, texts: int, backend: Any, rng: np.random.Generator
+) -> None:
+    """One token as well as many: the logits are as far from those of fp32 as the reference's."""
+    tokens, slots = rng.integers(0, 61, (9, texts), np.int32), np.arange(texts, dtype=np.int32)
+    found = []
+    for one, precision in ((backend, "bf16"), ("numpy", "bf16"), ("numpy", "fp32")):
+        model = Model(config, backend=one, precision=precision)
+        decoder = (model if weights == "fp32" else model.quantize(weights)).decoder(texts, 9)
+        steps = [decoder.step(row, slots, slots * 0 + t).copy() for t, row in enumerate(tokens)]
+        found.append(np.array(steps))
+    ours, reference = (distance(logits, found[2]) for logits in found[:2])
+    assert ROUNDING / 10 < ours < 1.5 * reference < 10 * ROUNDING
 
 
-def test_few_tokens_are_read_with_products_of_fp32(backend: Any, rng: np.random.Generator) -> None:
-    """They take no longer: a decoder's logits after a short text are those of fp32, to the bit."""
-    exact, rounded = (GPT2(ODD, backend=backend, precision=one) for one in ("fp32", "bf16"))
-    text = rng.integers(0, 61, FEW + 1, np.int32)
-    for length, same in ((1, True), (FEW, True), (FEW + 1, False)):
-        logits = [model.decoder(1, 70).read(text[:length], 0, 0) for model in (exact, rounded)]
-        assert np.array_equal(*logits) == same
+def test_bytes_are_multiplied_alike_in_both(backend: Any, rng: np.random.Generator) -> None:
+    """A step with int8 weights has no products that could be rounded to 16 bits."""
+    tokens, slots = rng.integers(0, 61, 20, np.int32), np.arange(20, dtype=np.int32)
+    models = [
+        GPT2(ODD, backend=backend, precision=one).quantize("int8") for one in ("bf16", "fp32")
+    ]
+    steps = [model.decoder(20, 9).step(tokens, slots, 0 * slots) for model in models]
+    assert np.array_equal(*steps) == (backend.name != "numpy")  # which rounds q, k and p, too
 
 
 def test_it_learns_as_fp32_does(rng: np.random.Generator) -> None:

@@ -50,8 +50,10 @@ FLIP = 0.05
 # Caches of 16 and 8 bits: what one rounding changes, as a share of the number in 16 bits, of the
 # largest in its row in 8.
 SMALL_CACHES = {"fp16": 2.0**-11, "int8": 1 / 254}
+# models whose products are of 16-bit numbers, by the type of their weights
+ROUNDED = {"bf16": "fp32", "fp16 in bf16": "fp16"}
 KINDS_AND_CACHES = [
-    *((kind, "fp32") for kind in KINDS),
+    *((kind, "fp32") for kind in [*KINDS, *ROUNDED]),
     *(("fp32", cache) for cache in SMALL_CACHES),
 ]
 
@@ -68,11 +70,13 @@ def agree(kind: str, a: Any, b: Any, rtol: float = RTOL) -> None:
 
 def make(backend: Any, kind: str = "fp32", config: ModelConfig = ODD, seed: int = 1) -> Any:
     """Return a model whose parameters are all random."""
-    model, rng = MODELS[type(config)](config, seed, backend), np.random.default_rng(seed)
+    weights, precision = ROUNDED.get(kind, kind), "bf16" if kind in ROUNDED else "fp32"
+    model = MODELS[type(config)](config, seed, backend, precision=precision)
+    rng = np.random.default_rng(seed)
     for name, parameter in model.parameters.items():
         size = np.float32(0.1 if "ln" in name else 0.05)
         parameter += size * rng.standard_normal(parameter.shape, np.float32)
-    return model if kind == "fp32" else model.quantize(kind)
+    return model if weights == "fp32" else model.quantize(weights)
 
 
 def widened(model: LanguageModel) -> Model:
@@ -318,7 +322,7 @@ def test_text_gets_the_same_bits_alone_and_among_others(
     """Beside texts of other lengths, in slots of any order, some of them ended."""
     model = make(backend, kind, config)
     # Kernels take rows in tiles of several sizes; the reference takes them one by one.
-    for N in (1, 5) if backend.name == "numpy" else (1, 2, 3, 4, 5, 9, 17):
+    for N in (1, 5) if backend.name == "numpy" else (1, 2, 3, 4, 5, 9, 17, 66):
         among_others(model, N, cache, rng)
 
 
@@ -482,7 +486,7 @@ def test_step_stays_in_its_memory(
     class Alone:
         """Activations that share no memory."""
 
-        def __init__(self, slots: Any, recompute: None) -> None:
+        def __init__(self, slots: Any, recompute: None, halves: bool = False) -> None:
             self._slots = slots
 
         def lay_out(self, batch: Any, keep: bool) -> dict[str, Any]:
