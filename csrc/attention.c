@@ -339,25 +339,36 @@ static inline __attribute__((always_inline)) void forward_block(void *out, float
         for (; all->made <= key / TILE; all->made++)
             prepare_block(all, keys, values, all->made, min64(TILE, length - all->made * TILE), HS, out_t + size, type);
         score(p, block, by_channel, q_t, HS, type);
-        for (int64_t j = 0; j < TILE; j += VF_LEN) {
-            const vf before = vf_load(maximum + j);
-            vf highest = before, sum = vf_set1(0.0f);
-            for (int64_t i = 0; i < visible_keys(block, j); i++)
-                highest = vf_max(highest, mask(block, i, j, vf_mul(vf_load(p + i * TILE + j), scale), before));
-            for (int64_t i = 0; i < visible_keys(block, j); i++) {
-                vf e = vf_exp(vf_fma(vf_load(p + i * TILE + j), scale, vf_sub(vf_set1(0.0f), highest)));
-                e = mask(block, i, j, e, vf_set1(0.0f));
-                sum = vf_add(sum, e);
-                vf_store(p + i * TILE + j, e);
+        for (int64_t j = 0; j < TILE; j += WIDTH) { /* two vectors: one would wait for each maximum and sum */
+            const int64_t seen = visible_keys(block, j);
+            vf before[2], highest[2], sum[2];
+            for (int v = 0; v < 2; v++) {
+                highest[v] = before[v] = vf_load(maximum + j + v * VF_LEN);
+                sum[v] = vf_set1(0.0f);
             }
-            vf_store(maximum + j, highest);
-            if (key > 0) { /* rescale the earlier sums from the old maximum to the new one */
-                const vf rescale = vf_exp(vf_sub(before, highest));
-                sum = vf_fma(vf_load(denominator + j), rescale, sum);
-                for (int64_t c = 0; c < HS; c++)
-                    vf_store(out_t + c * TILE + j, vf_mul(vf_load(out_t + c * TILE + j), rescale));
+            for (int64_t i = 0; i < seen; i++)
+                for (int64_t v = 0, at = j; v < 2; v++, at += VF_LEN) {
+                    const vf x = vf_mul(vf_load(p + i * TILE + at), scale);
+                    highest[v] = vf_max(highest[v], mask(block, i, at, x, before[v]));
+                }
+            for (int64_t i = 0; i < seen; i++)
+                for (int64_t v = 0, at = j; v < 2; v++, at += VF_LEN) {
+                    float *x = p + i * TILE + at;
+                    vf e = vf_exp(vf_fma(vf_load(x), scale, vf_sub(vf_set1(0.0f), highest[v])));
+                    e = mask(block, i, at, e, vf_set1(0.0f));
+                    sum[v] = vf_add(sum[v], e);
+                    vf_store(x, e);
+                }
+            for (int64_t v = 0, at = j; v < 2; v++, at += VF_LEN) {
+                vf_store(maximum + at, highest[v]);
+                if (key > 0) { /* rescale the earlier sums from the old maximum to the new one */
+                    const vf rescale = vf_exp(vf_sub(before[v], highest[v]));
+                    sum[v] = vf_fma(vf_load(denominator + at), rescale, sum[v]);
+                    for (int64_t c = 0; c < HS; c++)
+                        vf_store(out_t + c * TILE + at, vf_mul(vf_load(out_t + c * TILE + at), rescale));
+                }
+                vf_store(denominator + at, sum[v]);
             }
-            vf_store(denominator + j, sum);
         }
         if (drop) { /* after the sums of the softmax */
             keep_block(factors, block, drop, key);

@@ -445,9 +445,9 @@ static inline vf vf_of_bits(vf_bits bits) {
 #if defined(__AVX512BF16__)
 static inline vf vf_bf16(vf a, vf b) { return (vf)_mm512_cvtne2ps_pbh(b, a); }
 static inline vf vf_bf16_pair(vf a, vf b) {
-    const __m512i wide_a = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a));
-    const __m512i wide_b = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(b));
-    return _mm512_castsi512_ps(_mm512_or_si512(wide_a, _mm512_slli_epi32(wide_b, 16)));
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i order = _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(16)), 16));
+    return (vf)_mm512_permutexvar_epi16(order, (__m512i)vf_bf16(a, b)); /* number l of a, then of b */
 }
 static inline vf vf_bf16_dot(vf sum, vf a, vf b) { /* see vi_dot */
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "vm"(b));
@@ -520,6 +520,18 @@ static inline void tiles_end(void) {}
 
 /* Numbers of BF16 in memory: n of them from p on, then zeros. As floats; two rows of them, as vf_bf16_pair has them; 2
  * VF_LEN of a row, as vf_bf16 has them. vf_store_bf16_n rounds. */
+#if VF_LEN == 16
+static inline __mmask32 vf_halves_mask(int64_t n) { return n < 32 ? (1u << n) - 1 : 0xffffffffu; }
+static inline vf_bits vf_load_halves_n(const uint16_t *p, int64_t n) {
+    return (vf_bits)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((__mmask16)vf_halves_mask(n), p));
+}
+static inline vf vf_load_bf16_row_n(const uint16_t *p, int64_t n) {
+    return (vf)_mm512_maskz_loadu_epi16(vf_halves_mask(n), p);
+}
+static inline void vf_store_bf16_n(uint16_t *p, vf x, int64_t n) {
+    _mm256_mask_storeu_epi16(p, (__mmask16)vf_halves_mask(n), (__m256i)vf_to_halves(x));
+}
+#else
 static inline vf_bits vf_load_halves_n(const uint16_t *p, int64_t n) {
     vf_halves x = {0};
     if (n >= VF_LEN)
@@ -527,10 +539,6 @@ static inline vf_bits vf_load_halves_n(const uint16_t *p, int64_t n) {
     else
         memcpy(&x, p, (size_t)n * sizeof(uint16_t));
     return __builtin_convertvector(x, vf_bits);
-}
-static inline vf vf_load_bf16_n(const uint16_t *p, int64_t n) { return vf_of_bits(vf_load_halves_n(p, n) << 16); }
-static inline vf vf_load_bf16_pair_n(const uint16_t *a, const uint16_t *b, int64_t n) {
-    return vf_of_bits(vf_load_halves_n(a, n) | vf_load_halves_n(b, n) << 16);
 }
 static inline vf vf_load_bf16_row_n(const uint16_t *p, int64_t n) {
     vf x = vf_set1(0.0f);
@@ -546,6 +554,11 @@ static inline void vf_store_bf16_n(uint16_t *p, vf x, int64_t n) {
         memcpy(p, &halves, sizeof halves);
     else
         memcpy(p, &halves, (size_t)n * sizeof(uint16_t));
+}
+#endif
+static inline vf vf_load_bf16_n(const uint16_t *p, int64_t n) { return vf_of_bits(vf_load_halves_n(p, n) << 16); }
+static inline vf vf_load_bf16_pair_n(const uint16_t *a, const uint16_t *b, int64_t n) {
+    return vf_of_bits(vf_load_halves_n(a, n) | vf_load_halves_n(b, n) << 16);
 }
 
 #if !defined(__F16C__) && !defined(__ARM_NEON)

@@ -32,9 +32,10 @@ enum {
     KC = 48 * DEEP,                /* numbers */
     MC = 128 * PANEL,              /* rows of A packed at a time: 12 MB at most, in the last-level cache */
     BLOCK_B = 16 * PANEL * KC / 2, /* numbers of B that a thread packs at a time: 768 KB */
-    BLOCK_C = PANEL * BLOCK_B / (DEPTH_STEPS * DEEP), /* floats of the sums of a row of panels: 128 KB */
-    PACK_PANELS = 4,                                  /* panels of A in a task of packing */
-    WORTH = 1 << 22                                   /* multiply-adds: about two microseconds */
+    COLUMNS = 12 * PANEL,          /* of C in a task at most */
+    BLOCK_C = PANEL * COLUMNS,     /* floats of the sums of a row of panels: 48 KB */
+    PACK_PANELS = 4,               /* panels of A in a task of packing */
+    WORTH = 1 << 22                /* multiply-adds: about two microseconds */
 };
 
 int64_t tiles_depth(void) { return KC; }
@@ -62,32 +63,32 @@ static inline __attribute__((always_inline)) void pack_tile(float *tile, Operand
     for (int i = 0; i < SIDE; i++) vf_store(tile + i * SIDE, lines[i]);
 }
 
-/* Prefetches what packing one step of a panel reads: `runs` runs of 32 numbers, of a row each or of a k each. */
-static inline __attribute__((always_inline)) void prefetch_step(Operand x, int64_t runs, const int k_contiguous,
-                                                                const int memory) {
-    const int64_t stride = k_contiguous ? x.row_stride : x.k_stride, line = memory == FP32 ? LINE : PAIR * LINE;
-    for (int64_t run = 0; run < runs; run++)
-        for (int64_t i = 0; i < DEEP; i += line) __builtin_prefetch(element(x.data, run * stride + i, memory));
-}
-
-/* Packs n rows of x, `numbers` along K, into panels. */
+/* Packs n rows of x, `numbers` along K, into panels. What is read are DEEP runs of memory after each other, rows or
+ * numbers along K, part by part of DEEP numbers. Meanwhile the next DEEP runs come into the second-level cache, in the
+ * order of memory, which memory gives faster than part by part. */
 static inline __attribute__((always_inline)) void pack_of(float *panels, Operand x, int64_t n, int64_t numbers,
                                                           const int by_row, const int k_contiguous, const int memory) {
-    enum { DISTANCE = 8 }; /* steps of panels: how far ahead of the copy the prefetch runs */
-    const int64_t steps = ceil_div(numbers, DEEP), count = ceil_div(n, PANEL), all = steps * count;
-    for (int64_t each = 0; each < all; each++) { /* in the order of memory */
-        const int64_t later = min64(each + DISTANCE, all - 1);
-        const int64_t panel = k_contiguous ? each / steps : each % count,
-                      step = k_contiguous ? each % steps : each / count;
-        const int64_t next_row = (k_contiguous ? later / steps : later % count) * PANEL,
-                      next_k = (k_contiguous ? later % steps : later / count) * DEEP;
-        const int64_t k = step * DEEP, left = min64(DEEP, numbers - k);
-        prefetch_step(operand_from(x, next_row, next_k),
-                      k_contiguous ? min64(PANEL, n - next_row) : min64(DEEP, numbers - next_k), k_contiguous, memory);
-        for (int64_t half = 0; half < 2; half++) {
-            const int64_t row = panel * PANEL + half * SIDE;
-            pack_tile(panels + (panel * steps + step) * STEP + half * SIDE * SIDE, x, row, k,
-                      min64(SIDE, n > row ? n - row : 0), left, by_row, k_contiguous, memory);
+    const int64_t steps = ceil_div(numbers, DEEP), count = ceil_div(n, PANEL);
+    const int64_t outer = k_contiguous ? count : steps, parts = k_contiguous ? steps : count;
+    const int64_t runs = k_contiguous ? n : numbers, length = k_contiguous ? numbers : n;
+    const int64_t stride = k_contiguous ? x.row_stride : x.k_stride, line = memory == FP32 ? LINE : PAIR * LINE;
+    for (int64_t i = 0; i < outer; i++) {
+        int64_t run = (i + 1) * DEEP, at = 0; /* of the next line to prefetch */
+        for (int64_t part = 0; part < parts; part++) {
+            for (int64_t l = 0; l < DEEP * DEEP / line && run < runs; l++) {
+                __builtin_prefetch(element(x.data, run * stride + at, memory), 0, 2);
+                at += line;
+                if (at >= length) {
+                    at = 0;
+                    run++;
+                }
+            }
+            const int64_t panel = k_contiguous ? i : part, step = k_contiguous ? part : i;
+            for (int64_t half = 0; half < 2; half++) {
+                const int64_t row = panel * PANEL + half * SIDE, k = step * DEEP;
+                pack_tile(panels + (panel * steps + step) * STEP + half * SIDE * SIDE, x, row, k,
+                          min64(SIDE, n > row ? n - row : 0), min64(DEEP, numbers - k), by_row, k_contiguous, memory);
+            }
         }
     }
 }
@@ -213,7 +214,9 @@ static void multiply_packed(void *c, int type, int64_t ldc, float *block, const 
 void gemm_in_tiles(void *c, int c_type, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int64_t M,
                    int64_t N, int64_t K, float *scratch, Team *team) {
     const int64_t depth = round_up(ceil_div(K, ceil_div(K, KC)), DEEP); /* equal parts, at most KC */
-    const int64_t columns = PANEL * min64(BLOCK_B / depth / PANEL, ceil_div(N, (int64_t)team->threads * PANEL));
+    /* equal blocks of columns, and one for each thread */
+    const int64_t most = min64(COLUMNS, BLOCK_B / depth / PANEL * PANEL), blocks = ceil_div(N, most);
+    const int64_t columns = round_up(ceil_div(N, blocks > team->threads ? blocks : team->threads), PANEL);
     float *packed_a = scratch;
     float *packed_b = scratch + (int64_t)MC * KC / PAIR + (int64_t)team->member * (BLOCK_B / PAIR + BLOCK_C);
     float *block = packed_b + BLOCK_B / PAIR;
