@@ -6,7 +6,7 @@
 TEXT is a file, such as Tiny Shakespeare, for the recipe shakespeare-char. The demo and the part
 "long", a GPT-2 of 12 million parameters, read this Python's documentation. The precisions take
 turns. A curve's difference is that of its mean over the seeds; the seeds alone show how far one run
-is from another.
+is from another. Runs that FILE has are not repeated: an interrupted command goes on.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import argparse
 import json
 import statistics
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from gpt2c.bench.report import provenance
 from gpt2c.kernels.backend import as_precision, get_backend
 from gpt2c.kernels.limits import usable_cores
+from gpt2c.screen.picture import drawing, make_figure, write
 from gpt2c.text.corpus import python_documentation
 from gpt2c.text.documents import TextFiles
 from gpt2c.text.prepare import prepare
 from gpt2c.train.metrics import read_metrics
-from gpt2c.train.plot import plot_runs
 from gpt2c.train.pretrain import train
 from gpt2c.train.settings import recipe_settings
 
@@ -40,21 +41,17 @@ PRECISIONS = ("fp32", "bf16")
 Curve = list[tuple[int, float]]
 
 
-def part(name: str, data: Path, folder: Path, seeds: int) -> list[dict[str, Any]]:
-    """Return a row for each run of a part."""
+def run(name: str, precision: str, seed: int, data: Path, folder: Path) -> dict[str, Any]:
+    """Train; return the row of a run."""
     given = dict(LONG) if name == "long" else recipe_settings(RECIPES[name], {})
-    rows = []
-    for seed in range(1, seeds + 1):
-        for precision in PRECISIONS:
-            settings = given | {"seed": seed, "precision": precision, "save_minutes": 1000.0}
-            out = folder / f"{name} {precision}, seed {seed}"
-            seconds = train(data, out, settings).seconds
-            entries = read_metrics(out / "metrics.jsonl")
-            curve = [(one["step"], one["val_loss"]) for one in entries if "val_loss" in one]
-            row = {"part": name, "seed": seed, "precision": precision, "seconds": seconds}
-            rows.append(row | {"curve": curve})
-            print(f"{name} {seed} {precision}: {curve[-1][1]:.4f}, {seconds:.0f} s", flush=True)
-    return rows
+    settings = given | {"seed": seed, "precision": precision, "save_minutes": 1000.0}
+    out = folder / f"{name} {precision}, seed {seed}"
+    seconds = train(data, out, settings).seconds
+    entries = read_metrics(out / "metrics.jsonl")
+    curve = [(one["step"], one["val_loss"]) for one in entries if "val_loss" in one]
+    print(f"{name} {seed} {precision}: {curve[-1][1]:.4f}, {seconds:.0f} s", flush=True)
+    row = {"part": name, "seed": seed, "precision": precision, "seconds": seconds}
+    return row | {"curve": curve, "machine": provenance(usable_cores())}
 
 
 def mean_curve(rows: list[dict[str, Any]], name: str, precision: str) -> Curve:
@@ -86,6 +83,26 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the curves of each part, of all seeds, one precision dashed over the other."""
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    with drawing():
+        figure = make_figure((4.5 * len(parts), 4.5))
+        for place, name in enumerate(parts, 1):
+            axes = figure.add_subplot(1, len(parts), place)
+            for row in rows:
+                if row["part"] == name:
+                    steps, losses = zip(*row["curve"], strict=True)
+                    number = PRECISIONS.index(row["precision"])
+                    label = row["precision"] if row["seed"] == 1 else None
+                    axes.plot(
+                        steps, losses, "--" if number else "-", color=f"C{number}", label=label
+                    )
+            axes.set(title=name, xlabel="step", ylabel="validation loss" if place == 1 else "")
+            axes.legend()
+        write(figure, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", type=Path)
@@ -95,28 +112,26 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
     threads = usable_cores()
-    machine = provenance(threads)
-    print(machine, f"auto is {as_precision('auto', get_backend('auto', threads))}", sep="\n")
-    rows: list[dict[str, Any]] = []
+    print(f"auto is {as_precision('auto', get_backend('auto', threads))}")
+    is_there = given.json and given.json.exists()
+    rows: list[dict[str, Any]] = json.loads(given.json.read_text())["rows"] if is_there else []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name in given.parts:
+        for name, seed, precision in product(given.parts, range(1, given.seeds + 1), PRECISIONS):
+            if any((r["part"], r["seed"], r["precision"]) == (name, seed, precision) for r in rows):
+                continue
             data = folder / f"{name}-data"
-            if name == "shakespeare":
+            if name == "shakespeare" and not data.exists():
                 with TextFiles([given.text]) as texts:
                     prepare(texts, data, "bytes")
-            else:
+            elif not data.exists():
                 prepare(python_documentation(), data, "bpe:4096")
-            rows += part(name, data, folder, given.seeds)
-        if given.plot:
-            runs = {
-                path.parent.name: read_metrics(path)
-                for path in sorted(folder.glob("*/metrics.jsonl"))
-            }
-            plot_runs(runs, given.plot)
+            rows.append(run(name, precision, seed, data, folder))
+            if given.json:
+                given.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    if given.plot:
+        plot(rows, given.plot)
     print(table(rows))
-    if given.json:
-        given.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -235,8 +235,11 @@ static inline __attribute__((always_inline)) void columns_of_type(float *out, co
                 multi_row_tile(out, layer, x, q, 0, k, accumulate, &ahead, TILE_OUTS, type, precision);
             else
                 for (int64_t i = 0; i < groups; i++)
-                    multi_row_tile(out, layer, x, q, i * TILE_ROWS, k, accumulate, &ahead, (TILE_OUTS + 1) / 2, type,
-                                   precision);
+                    if (i < 2) /* more groups would prefetch too far */
+                        multi_row_tile(out, layer, x, q, i * TILE_ROWS, k, accumulate, &ahead, (TILE_OUTS + 1) / 2,
+                                       type, precision);
+                    else
+                        multi_row_tile(out, layer, x, q, i * TILE_ROWS, k, accumulate, &ahead, 0, type, precision);
         }
         for (int64_t i = groups * TILE_ROWS; i < N; i++)
             single_row_tile(out, layer, x, q, i, j, accumulate, &ahead, type, precision);

@@ -32,7 +32,15 @@ from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.reader import CACHES
 from gpt2c.train.plot import row_words
 
-__all__ = ["ENGINES", "TRANSFORMERS", "WORKS", "bench_generate", "choose_generate_rows", "costs"]
+__all__ = [
+    "CONTEXT",
+    "ENGINES",
+    "TRANSFORMERS",
+    "WORKS",
+    "bench_generate",
+    "choose_generate_rows",
+    "costs",
+]
 
 PRECISIONS = ("fp32", "fp16", "int8")  # of a backend's weights
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of a weight
@@ -46,7 +54,12 @@ ENGINES = {
 }
 PROMPT = 512  # tokens of a prefill
 CONTEXT = 32  # tokens of each text before the decoding
-WORKS = (("prefill", 1, PROMPT), ("decode", 1, CONTEXT), ("decode", 8, CONTEXT))
+GenerateWork = tuple[str, int, int]  # "prefill" or "decode", texts, tokens of each
+WORKS: tuple[GenerateWork, ...] = (
+    ("prefill", 1, PROMPT),
+    ("decode", 1, CONTEXT),
+    ("decode", 8, CONTEXT),
+)
 ROW_SECONDS = 4.0
 
 
@@ -109,6 +122,7 @@ def bench_generate(
     quick: bool,
     show: Callable[[list[Measurement]], None],
     follower: Follower = SILENT,
+    works: Sequence[GenerateWork] | None = None,
 ) -> tuple[list[Measurement], str]:
     """Time prefill and steps of decoding on every row.
 
@@ -119,7 +133,8 @@ def bench_generate(
     config : of the model
     quick : fewer samples
     show : called with the results of each work when they are complete
-    follower : told of the progress through the works of WORKS
+    follower : told of the progress through the works
+    works : what is timed, WORKS if None
 
     Returns
     -------
@@ -138,9 +153,9 @@ def bench_generate(
         models = 4 if engine in ENGINES else 2
         needed[name] = PROCESS_BYTES + (0 if lacks(name) or not knows_it else models * size)
     require("a benchmark of generation", needed, FEWER)
-    works = [_reading(config, *work) for work in WORKS]
+    readings = [_reading(config, *work) for work in works or WORKS]
     rounds = QUICK_ROUNDS if quick else ROUNDS
-    return measure(names, ceilings.threads, [works], rounds, ROW_SECONDS, show, follower)
+    return measure(names, ceilings.threads, [readings], rounds, ROW_SECONDS, show, follower)
 
 
 def _reading(config: ModelConfig, what: str, B: int, T: int) -> Work:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gpt2c.bench.decoding import WORKS, bench_generate, choose_generate_rows
+from gpt2c.bench.decoding import CONTEXT, WORKS, bench_generate, choose_generate_rows
 from gpt2c.bench.machine import Quiet, distance_text, fastest, measure_ceilings
 from gpt2c.bench.ranks import Team, add_speed_ups
 from gpt2c.bench.report import (
@@ -126,6 +126,8 @@ def _add_flags(parser: argparse.ArgumentParser, what: str) -> None:
     add("--quick", "fewer shapes, rows and samples", action="store_true")
     text = "a batch of B rows of T tokens; may be repeated (4x64)"
     add("--shape", text, "train", action="append", metavar="BxT")
+    text = "write this many texts at a time and measure nothing else; may be repeated"
+    add("--batch", text, "generate", action="append", type=int, metavar="B")
     add("--recompute", "recompute activations: less memory", "train", choices=["light", "full"])
     add("--torch-compile", "add a row: PyTorch with torch.compile", "train", action="store_true")
     add("--json", "write every sample and the machine's facts", type=Path, metavar="FILE")
@@ -190,6 +192,11 @@ def _bench(
         raise ValueError("--model belongs to bench train and bench generate")
     if options.what != "train" and (options.shape or options.recompute or options.torch_compile):
         raise ValueError("--shape, --recompute and --torch-compile belong to bench train")
+    if options.what != "generate" and options.batch:
+        raise ValueError("--batch belongs to bench generate")
+    if any(B < 1 for B in options.batch or []):
+        raise ValueError(f"--batch must be at least 1, got {min(options.batch)}")
+    readings = [("decode", B, CONTEXT) for B in dict.fromkeys(options.batch or [])] or WORKS
     for path in (options.json, options.plot, options.report):
         _check_output(path)
     if options.plot and options.plot.suffix.lower() != ".png":
@@ -215,7 +222,7 @@ def _bench(
         lines.insert(0, f"{noise} before the start: its other programs slow some rows down")
     print("\n".join([*lines, ""]), flush=True)
     config = SHAPES[options.model or "gpt2"]
-    works = {"ops": len(ops_work(options.quick)), "train": len(shapes), "generate": len(WORKS)}
+    works = {"ops": len(ops_work(options.quick)), "train": len(shapes), "generate": len(readings)}
     follower = _Shown(works[options.what])
     tables: list[tuple[str, list[list[str]]]] = []
 
@@ -233,7 +240,9 @@ def _bench(
         if options.what == "ops":
             _, verdict = bench_ops(names, ceilings, options.quick, show, follower)
         elif options.what == "generate":
-            _, verdict = bench_generate(names, ceilings, config, options.quick, show, follower)
+            _, verdict = bench_generate(
+                names, ceilings, config, options.quick, show, follower, readings
+            )
         else:
             _, verdict = bench_train(
                 *(names, ceilings, config, shapes, options.recompute, options.quick),
