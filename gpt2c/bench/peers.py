@@ -21,7 +21,7 @@ from gpt2c.model.config import ModelConfig
 from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.llama import LlamaConfig
 
-__all__ = ["torch_op", "torch_step"]
+__all__ = ["torch_model", "torch_name", "torch_op", "torch_step"]
 
 Call = Callable[[], list[Any]]
 aten = torch.ops.aten
@@ -322,7 +322,12 @@ def _loss(x: Any, head: Any, targets: Any) -> Any:
     return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
 
 
-def _module(config: ModelConfig, parameters: Mapping[str, NDArray[Any]]) -> torch.nn.Module:
+def torch_name(name: str) -> str:
+    """Return the name that a parameter has in PyTorch's model."""
+    return re.sub(r"\.(attn|mlp)\.", ".", name.replace("mlp.c_proj", "mlp_proj"))
+
+
+def torch_model(config: ModelConfig, parameters: Mapping[str, NDArray[Any]]) -> torch.nn.Module:
     """Return PyTorch's model of a config, with gpt2c's parameters."""
     model: torch.nn.Module
     if isinstance(config, LlamaConfig):
@@ -332,8 +337,7 @@ def _module(config: ModelConfig, parameters: Mapping[str, NDArray[Any]]) -> torc
         model = _GPT2(config)
     state = model.state_dict()
     for name, parameter in parameters.items():
-        name = re.sub(r"\.(attn|mlp)\.", ".", name.replace("mlp.c_proj", "mlp_proj"))
-        state[name].copy_(torch.from_numpy(parameter))
+        state[torch_name(name)].copy_(torch.from_numpy(parameter))
     return model
 
 
@@ -348,7 +352,7 @@ def torch_step(
     bf16: bool,
 ) -> Callable[[], float]:
     """Return a call that does a training step, with gpt2c.AdamW's defaults, and its loss."""
-    model = _module(config, parameters)
+    model = torch_model(config, parameters)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
