@@ -119,7 +119,8 @@ def generate_tables(run: Run) -> list[tuple[str, Table]]:
             figures.setdefault(f"{r.group}, tokens/s", {})[r.row] = rate(r)
     one = [r for r in run.results if r.group.removesuffix(", Llama") == "decode, batch 1"]
     memory = {r.row: r.facts["memory"] / 1e6 for r in one}
-    figures["decode, batch 1, resident MB"] = memory
+    if memory:
+        figures["decode, batch 1, resident MB"] = memory
     best = [["", *(f"{side} {kind}" for kind in KINDS for side in ("gpt2c", "best other"))]]
     for heading, values in figures.items():
         first = max if heading.endswith("tokens/s") else min
