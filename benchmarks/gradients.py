@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from gpt2c import GPT2, GPT2Config
-from gpt2c.bench.peers import torch_model, torch_name
 from gpt2c.bench.report import provenance
 from gpt2c.kernels.limits import usable_cores
 
@@ -39,6 +37,10 @@ def of_gpt2c(model: GPT2, precision: str, batch: Any) -> Gradients:
 
 def of_torch(model: GPT2, kind: str, batch: Any) -> Gradients:
     """Return the same from PyTorch, in "float64", "float32" or "autocast" to bfloat16."""
+    import torch
+
+    from gpt2c.bench.peers import torch_model, torch_name
+
     other = torch_model(model.config, model.parameters)
     other = other.double() if kind == "float64" else other
     idx, targets = (torch.from_numpy(array).long() for array in batch)
@@ -54,7 +56,7 @@ def errors(found: Gradients, exact: Gradients) -> dict[str, Any]:
     """Return the error of the whole, and the largest of a parameter with its name."""
     square = {name: float(((found[name] - exact[name]) ** 2).sum()) for name in exact}
     size = {name: float((exact[name] ** 2).sum()) for name in exact}
-    each = {name: (square[name] / size[name]) ** 0.5 for name in exact}
+    each = {name: (square[name] / size[name]) ** 0.5 for name in exact if size[name]}
     worst = max(each, key=lambda name: each[name])
     whole = (sum(square.values()) / sum(size.values())) ** 0.5
     return {"whole": whole, "largest": each[worst], "of": worst}

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2c.bench.report import provenance
+from gpt2c.files.atomic import atomic_path
 from gpt2c.kernels.backend import as_precision, get_backend
 from gpt2c.kernels.limits import usable_cores
 from gpt2c.screen.picture import drawing, make_figure, write
@@ -128,7 +129,8 @@ def main() -> None:
                 prepare(python_documentation(), data, "bpe:4096")
             rows.append(run(name, precision, seed, data, folder))
             if given.json:
-                given.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+                with atomic_path(given.json) as temporary_path:
+                    temporary_path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     if given.plot:
         plot(rows, given.plot)
     print(table(rows))

@@ -218,8 +218,9 @@ typedef struct {
     const float *words;
 } Input;
 
-/* The input of a layer: floats, or, of BF16 in memory, only words. A thread has `words` (input_size) for itself; it is
- * between tiles_begin() and tiles_end() when it uses them. `bytes` is NULL unless the layer is INT8. */
+/* The input of a layer: words where its products are of BF16 or on tiles, and then floats is NULL; else floats. A
+ * thread has `words` (input_size at most) for itself; it is between tiles_begin() and tiles_end() when it uses them.
+ * `bytes` is NULL unless the layer is INT8. */
 Input input_of(const Linear *layer, const void *x, int memory, const Quantized *bytes, int precision, float *words,
                int64_t N);
 int64_t input_size(int64_t N, int64_t C);

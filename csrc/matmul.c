@@ -1,9 +1,9 @@
 /* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC): the linear layer, one matrix product forward, two backward.
  *
  * Forward takes 2 N C OC operations, backward twice as many. gemm.c computes both and divides them among the threads.
- * With INT8 weights, or few rows (up to FEW_ROWS), linear.c computes forward. Else smaller
- * weights are converted to FP32, some of their rows at a time. An out of BF16 is computed in float, a block of rows at
- * a time. */
+ * With INT8 weights, or few rows (up to FEW_ROWS), linear.c computes forward. Else smaller weights are converted to
+ * FP32, some of their rows at a time, unless tiles take them as they are. An out of BF16 is computed in float, a block
+ * of rows at a time. */
 
 #include "internal.h"
 
@@ -30,11 +30,11 @@ int64_t matmul_backward_scratch_size(int64_t C, int64_t OC, int precision, int t
     return products_scratch_size(precision, threads) + converted_size(C, OC, type);
 }
 
-/* matmul_forward() in float. */
+/* matmul_forward() in float. in_place: reads_in_place() of all its rows, of which these N may be a part. */
 static void forward(float *out, Operand x, const void *weight, const float *bias, const float *scale, int precision,
-                    int type, float *scratch, int64_t N, int64_t C, int64_t OC, Team *team) {
+                    int type, int in_place, float *scratch, int64_t N, int64_t C, int64_t OC, Team *team) {
     const Linear layer = {weight, scale, bias, C, OC, type};
-    if (reads_in_place(N, type)) {
+    if (in_place) {
         linear_rows(out, &layer, x.data, x.memory, precision, scratch, N, team);
         return;
     }
@@ -59,12 +59,14 @@ static void forward(float *out, Operand x, const void *weight, const float *bias
 
 void matmul_forward(void *out, const void *x, const void *weight, const float *bias, const float *scale, int precision,
                     int out_type, int x_type, int type, float *scratch, int64_t N, int64_t C, int64_t OC, Team *team) {
+    const int in_place = reads_in_place(N, type);
     if (out_type == FP32) {
-        forward(out, (Operand){x, C, 1, x_type}, weight, bias, scale, precision, type, scratch, N, C, OC, team);
+        forward(out, (Operand){x, C, 1, x_type}, weight, bias, scale, precision, type, in_place, scratch, N, C, OC,
+                team);
         return;
     }
 #ifdef HAS_TILES
-    if (precision == BF16 && !reads_in_place(N, type) && C <= tiles_depth()) {
+    if (precision == BF16 && !in_place && C <= tiles_depth()) {
         gemm_in_tiles(out, BF16, OC, (Operand){x, C, 1, x_type}, (Operand){weight, C, 1, type}, bias, 0, N, OC, C,
                       scratch, team);
         return;
@@ -75,7 +77,7 @@ void matmul_forward(void *out, const void *x, const void *weight, const float *b
         const int64_t n = min64(block, N - i), size = n * OC;
         uint16_t *to = (uint16_t *)out + i * OC;
         forward(scratch, (Operand){element(x, i * C, x_type), C, 1, x_type}, weight, bias, scale, precision, type,
-                scratch + block * OC, n, C, OC, team);
+                in_place, scratch + block * OC, n, C, OC, team);
         for_shared (vector, ceil_div(size, VF_LEN), worth(VF_LEN), team) {
             const int64_t k = vector * VF_LEN;
             vf_store_bf16_n(to + k, vf_load_n(scratch + k, size - k), size - k);

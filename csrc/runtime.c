@@ -105,7 +105,12 @@ double fma_burn(double *sums, int64_t iterations, int precision, Team *team) {
                 whole[j] = vi_dot(whole[j], unsigned_ones, plus_minus);
             }
         for (int64_t k = 0; precision == BF16 && k < iterations; k++)
-            for (int j = 0; j < CHAINS; j++) acc[j] = vf_bf16_dot(acc[j], opposite, same);
+            for (int j = 0; j < CHAINS; j++) {
+                acc[j] = vf_bf16_dot(acc[j], opposite, same);
+#ifndef __AVX512BF16__
+                __asm__("" : "+m"(acc[j])); /* else the compiler sees that several operations add 0 */
+#endif
+            }
         for (int64_t k = 0; precision == FP32 && k < iterations; k++)
             for (int j = 0; j < CHAINS; j++) acc[j] = vf_fma(acc[j], factor, term);
         sums[i] = 0.0;

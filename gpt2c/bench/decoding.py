@@ -144,16 +144,18 @@ def bench_generate(
     ------
     MemoryError : the rows together need more than is free
     """
+    works = works or WORKS
     size = 4 * config.num_parameters()
+    texts = max(4 * B * (T * config.cache_floats() + config.vocab_size) for _, B, T in works)
     needed = {}
     for name in names:
         engine, _, _ = row_words(name)
         knows_it = isinstance(config, GPT2Config) or engine not in GPT2_ENGINES
         # another engine reads a file, which may lie in memory too, and the weights themselves
         models = 4 if engine in ENGINES else 2
-        needed[name] = PROCESS_BYTES + (0 if lacks(name) or not knows_it else models * size)
+        needed[name] = PROCESS_BYTES + (0 if lacks(name) or not knows_it else models * size + texts)
     require("a benchmark of generation", needed, FEWER)
-    readings = [_reading(config, *work) for work in works or WORKS]
+    readings = [_reading(config, *work) for work in works]
     rounds = QUICK_ROUNDS if quick else ROUNDS
     return measure(names, ceilings.threads, [readings], rounds, ROW_SECONDS, show, follower)
 

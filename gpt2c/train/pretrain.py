@@ -236,7 +236,10 @@ def _checked(
     # Rank 0 gives the others its weights.
     seed = settings.seed if found is None and world.rank == 0 else None
     kind: type[CausalLM] = MODELS[type(config)]
-    model = kind(config, seed, backend, settings.recomputation, precision=settings.precision)
+    precision = settings.precision
+    if precision == "auto" and record is not None and record["backend"] == backend.name:
+        precision = record.get("precision", precision)  # measured anew it could change the bits
+    model = kind(config, seed, backend, settings.recomputation, precision=precision)
     optimizer, exchange = optimizer_of(
         world,
         model,

@@ -67,7 +67,9 @@ def test_rows_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(bench, "start", show)
     monkeypatch.setattr(memory, "available_bytes", lambda: 0)
-    one = PROCESS_BYTES + 2 * 4 * GPT2Config().num_parameters()
+    config = GPT2Config()
+    texts = bench_generate.PROMPT * config.cache_floats() + config.vocab_size
+    one = PROCESS_BYTES + 4 * (2 * config.num_parameters() + texts)
     wanted = f"^a benchmark of generation needs {megabytes(one)}: base:fp32 {megabytes(one)};"
     with pytest.raises(MemoryError, match=wanted):
         bench_generate.bench_generate(["base:fp32"], CEILINGS, GPT2Config(), True, show)
@@ -130,6 +132,18 @@ def test_works_of_the_benchmark_take_turns(monkeypatch: pytest.MonkeyPatch) -> N
         assert len(r.seconds) == (0 if r.row == "transformers" else QUICK_ROUNDS), r.note
     assert "not installed" in results[2].note
     assert results[3].facts["bytes"] > results[4].facts["bytes"]
+
+
+def test_texts_at_a_time_replace_the_works() -> None:
+    works = [("decode", 3, 4)]
+    results, _ = bench_generate.bench_generate(
+        ["base:fp32"], CEILINGS, TINY, True, lambda found: None, works=works
+    )
+    assert [r.group for r in results] == ["decode, batch 3"] and results[0].seconds
+    with pytest.raises(MemoryError, match="a benchmark of generation"):
+        bench_generate.bench_generate(
+            ["base:fp32"], CEILINGS, TINY, True, lambda found: None, works=[("decode", 10**9, 4)]
+        )
 
 
 def test_costs_count_bytes_and_flops() -> None:

@@ -25,7 +25,7 @@ from gpt2c.bench.machine import (
     measure_ceilings,
     read_bandwidth,
 )
-from gpt2c.kernels.backend import backends, get_backend
+from gpt2c.kernels.backend import backends, fma_peak, get_backend
 from gpt2c.kernels.limits import usable_cores
 
 
@@ -79,6 +79,14 @@ def test_operations_of_a_peak_are_counted(precision: str, backend_name: str) -> 
     for threads in (1, 2):
         done = get_backend(backend_name, threads).fma_burn(7, precision)
         assert done == threads * 7 * a_round * 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_no_loop_of_a_peak_vanishes(precision: str, backend_name: str) -> None:
+    """As one whose sums the compiler knows would: it seems to be endlessly fast."""
+    if backend_name == "numpy":
+        pytest.skip("numpy has no kernels")
+    assert 1e8 < fma_peak(backend_name, 1, precision) < 1e14
 
 
 def test_line_goes_from_thread_to_thread(backend_name: str) -> None:

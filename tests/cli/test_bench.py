@@ -84,13 +84,18 @@ def test_bad_arguments_are_one_line(arguments: str, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--shape 4x64", "--recompute full", "--torch-compile", "--json no/such/place.json"],
+    ["--shape 4x64", "--recompute full", "--torch-compile", "--batch 8", "--json no/such/a.json"],
 )
 def test_ops_refuse_flags_of_other_benchmarks(
     arguments: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", "ops", *arguments.split()]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_texts_at_a_time_are_at_least_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "generate", "--batch", "8", "--batch", "0"]) == 2
+    assert capsys.readouterr().err == "gpt2c: --batch must be at least 1, got 0\n"
 
 
 def test_noisy_machine_is_reported_before_the_start_too(

@@ -11,6 +11,7 @@ from helpers.cases import CASES, Case
 from numpy.typing import NDArray
 
 from gpt2c.kernels.backend import as_precision, backends, get_backend
+from gpt2c.kernels.cases import normalised_error
 from gpt2c.kernels.op import OPS
 from gpt2c.kernels.reference.rounding import bf16, read, stored
 
@@ -182,6 +183,25 @@ def test_auto_is_what_this_cpu_computes_fastest(backend: Any) -> None:
         assert found == "bf16"  # tiles multiply 16 times as fast as vectors of floats
     elif backend.name != "avx512bf16":
         assert found == "fp32"  # without the instruction, 16 bits take longer
+
+
+def test_last_few_rows_of_a_block_stay_in_their_memory(
+    guarded: Guarded, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product stored in 16 bits goes block by block, and the last block may have few rows.
+
+    With 64 threads what few rows alone would take is more than what many rows take.
+    """
+    backend, C = get_backend("base", 64), 4096
+    weight = rng.standard_normal((1, C), np.float32)
+    for N in range(328, 409, 16):
+        x, out = stored(rng.standard_normal((N, C), np.float32)), np.zeros((N, 1), np.uint16)
+        monkeypatch.setattr(
+            backend, "_scratch", lambda size: backend._f(guarded.copy(np.zeros(size, np.float32)))
+        )
+        backend.matmul_forward(out, x, weight, None, None, "bf16")
+        guarded.check(f"N={N}")
+        assert normalised_error(read(out), read(x) @ bf16(weight).T) < 2.0**-8
 
 
 @pytest.mark.parametrize("precision", ["bf-16", None, 16, ["bf16"]])

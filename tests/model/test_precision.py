@@ -157,6 +157,17 @@ def test_steps_have_the_precision(
     assert ROUNDING / 10 < ours < 1.5 * reference < 10 * ROUNDING
 
 
+@BOTH
+def test_each_product_of_a_step_has_the_precision(config: Any, monkeypatch: Any) -> None:
+    found: list[Any] = []
+    backend = get_backend("base")
+    monkeypatch.setattr(backend, "bind_step", lambda stages: found.extend(stages))
+    model = Model(config, backend=backend, precision="bf16")
+    model.decoder(2, 9)._bind()
+    products = [stage.precision for stage in found if stage.op == "matmul"]
+    assert len(products) == 4 * config.n_layer + 1 and set(products) == {"bf16"}
+
+
 def test_bytes_are_multiplied_alike_in_both(backend: Any, rng: np.random.Generator) -> None:
     """A step with int8 weights has no products that could be rounded to 16 bits."""
     tokens, slots = rng.integers(0, 61, 20, np.int32), np.arange(20, dtype=np.int32)

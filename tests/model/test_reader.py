@@ -455,12 +455,14 @@ def test_threads_do_not_change_a_bit(
         assert np.array_equal(prompts, results[0][0]) and np.array_equal(steps, results[0][1])
 
 
+@pytest.mark.parametrize("N", [3, 66])
 @pytest.mark.parametrize(("kind", "cache"), KINDS_AND_CACHES)
 @EACH_CONFIG
 def test_step_stays_in_its_memory(
     config: ModelConfig,
     kind: str,
     cache: str,
+    N: int,
     backend: Any,
     guarded: Guarded,
     rng: np.random.Generator,
@@ -473,12 +475,12 @@ def test_step_stays_in_its_memory(
     config = dataclasses.replace(config, **length) if config.n_positions > 9 else config
     model, tokens = (
         make(backend, kind, config),
-        texts(rng, 3, config.n_positions, V=config.vocab_size),
+        texts(rng, N, config.n_positions, V=config.vocab_size),
     )
-    expected = step_through(model.decoder(3, None, cache), tokens)
+    expected = step_through(model.decoder(N, None, cache), tokens)
     copies = {name: guarded.copy(array) for name, array in model.parameters.items()}
     model._placed = model._placed._replace(public=copies)
-    decoder = model.decoder(3, None, cache)
+    decoder = model.decoder(N, None, cache)
     decoder._cache = Cache(*(p if p is None else guarded.copy(p) for p in decoder._cache))
     decoder._logits = guarded.copy(np.full_like(decoder._logits, np.nan))
     scratch: dict[int, Any] = {}

@@ -180,6 +180,17 @@ def test_resumed_run_in_16_bits_equals_a_whole_one(
     assert json.loads((out / "run.json").read_text())["precision"] == "bf16"
 
 
+def test_resumed_run_keeps_what_auto_was(data: Path, tmp_path: Path, cut: Any) -> None:
+    """Measured again, it could be another precision, and the bits would be others."""
+    out = cut(data, tmp_path / "run", 14, precision="auto", save_interval=5)
+    file = out / "run.json"
+    record = json.loads(file.read_text())
+    other = {"fp32": "bf16", "bf16": "fp32"}[record["precision"]]
+    file.write_text(json.dumps(record | {"precision": other}))
+    train(data, out, resume=True)
+    assert json.loads(file.read_text())["precision"] == other
+
+
 def test_evaluation_has_no_dropout(data: Path, tmp_path: Path) -> None:
     """With a learning rate of nearly 0, the weights stay: only the masks make a difference."""
     given: dict[str, Any] = {"learning_rate": 1e-30, "min_lr": 0.0, "weight_decay": 0.0}
