@@ -192,10 +192,10 @@ def test_last_few_rows_of_a_block_stay_in_their_memory(
 
     With 64 threads what few rows alone would take is more than what many rows take.
     """
-    backend, C = get_backend("base", 64), 4096
-    weight = rng.standard_normal((1, C), np.float32)
+    backend, C, OC = get_backend("base", 64), 4096, 512
+    weight = rng.standard_normal((OC, C), np.float32)
     for N in range(328, 409, 16):
-        x, out = stored(rng.standard_normal((N, C), np.float32)), np.zeros((N, 1), np.uint16)
+        x, out = stored(rng.standard_normal((N, C), np.float32)), np.zeros((N, OC), np.uint16)
         monkeypatch.setattr(
             backend, "_scratch", lambda size: backend._f(guarded.copy(np.zeros(size, np.float32)))
         )
