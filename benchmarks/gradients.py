@@ -1,6 +1,6 @@
 """How far gradients in 16 bits are from those in float64, beside PyTorch's autocast: a table.
 
-    python benchmarks/gradients.py                     # GPT-2 124M, 256 tokens: half a minute
+    python benchmarks/gradients.py                     # GPT-2 124M, 256 tokens: a minute
     python benchmarks/gradients.py --json FILE
 
 All have the same weights, first values of training, and the same random tokens. An error is

@@ -172,7 +172,7 @@ static inline __attribute__((always_inline)) void sum_int8(vi *acc, const Linear
     for (int k = 0; k < outs * rows; k++) acc[k] = part[k];
 }
 
-/* The row of x, or of its words, that an FP32 or FP16 layer reads. */
+/* Floats of a row of x, or words of it in products of BF16. */
 static inline int64_t input_stride(int64_t C, const int precision) { return ceil_div(C, numbers_of_lane(precision)); }
 
 /* The tile at row i, column j of out: TILE_ROWS rows of x. */
