@@ -49,6 +49,7 @@ ISAS: dict[str, dict[str, list[str]]] = {
         "avx512": AVX512,
         "avx512vnni": [*AVX512, "-mavx512vnni"],
         "avx512bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+        "avx512fp16": [*AVX512, "-mavx512vnni", "-mavx512bf16", "-mavx512fp16"],
         "amx": [*AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
     },
     "aarch64": {"base": []},  # NEON is the baseline

@@ -613,7 +613,7 @@ void attention_backward(float *dqkv, const float *dout, const void *qkv, const v
         const void *heads = element(qkv, wide, qkv_type), *outs = element(out, narrow, qkv_type);
         const int64_t length = sequence_length(all, s), to_v = to_k + KV * HS;
         const Dropout *dropped = dropout > 0 ? &drop : NULL;
-        if (precision == FP32)
+        if (precision != BF16)
             backward_group(dqkv + wide, dout + narrow, heads, outs, head_lse, T, group, to_k, to_v, length, C, W, HS,
                            dropped, own, FP32, FP32);
         else

@@ -19,7 +19,13 @@
  *
  * BF16: packing rounds to 16 bits and puts two numbers that follow each other in K into one lane. All sizes below count
  * lanes, so a panel has as many bytes and twice the K; a step of the microkernel multiplies both numbers of each lane
- * and adds the products in float. */
+ * and adds the products in float.
+ *
+ * FP16: multiply-adds of halves are twice as fast as those of floats, but a sum of halves has 11 bits and ends at
+ * 65504. So packing multiplies each row, as far as the panel goes, by a power of two that brings its largest number
+ * into [8, 16); HALF_BLOCK products are added in halves, which is at most 64 * 16 * 16, and the sums of these blocks in
+ * float. What is too small for a half is below 2^-27 of the largest number. Storing C takes the powers out again: they
+ * stand behind the numbers of their panel. */
 
 #include "internal.h"
 
@@ -47,7 +53,15 @@ enum {
 
 int64_t gemm_rows(void) { return MC; }
 
-int64_t gemm_scratch_size(int threads) { return (int64_t)KC * (MC + (int64_t)threads * NC); }
+/* Columns of C in a panel of B, and floats of memory that a panel of these rows or columns takes. A float has VH_PARTS
+ * halves; a row has one power of two. */
+enum { HALF_COLUMNS = NR * VH_PARTS };
+static inline int64_t panel_columns(const int type) { return type == FP16 ? HALF_COLUMNS : NR; }
+static inline int64_t panel_size(int64_t rows, int64_t kc, const int type) {
+    return type == FP16 ? rows * (kc + VH_PARTS) / VH_PARTS : rows * kc;
+}
+
+int64_t gemm_scratch_size(int threads) { return (int64_t)(KC + LINE) * (MC + (int64_t)threads * NC); }
 
 /* ---- packing ------------------------------------------------------------------------------------------------ */
 
@@ -84,9 +98,64 @@ static inline __attribute__((always_inline)) void pack_from(float *restrict pane
     }
 }
 
+/* The largest size among the numbers of each of n rows; 0 from n to `width`, a multiple of VF_LEN. */
+static inline void row_maxima(float *largest, Operand x, int64_t n, int64_t numbers, int64_t width) {
+    const float *data = x.data;
+    for (int64_t r = 0; r < width; r += x.k_stride == 1 ? 1 : VF_LEN) {
+        vf found = vf_set1(0.0f);
+        if (x.k_stride == 1 && r < n)
+            for (int64_t k = 0; k < numbers; k += VF_LEN)
+                found = vf_max(found, vf_abs(vf_load_n(data + r * x.row_stride + k, numbers - k)));
+        else if (r < n)
+            for (int64_t k = 0; k < numbers; k++)
+                found = vf_max(found, vf_abs(vf_load_n(data + k * x.k_stride + r, n - r)));
+        if (x.k_stride == 1)
+            largest[r] = vf_hmax(found);
+        else
+            vf_store(largest + r, found);
+    }
+}
+
+/* pack_from() in FP16: a panel has kc * width halves, then the inverse of the power of two of each of its rows. x is of
+ * floats. */
+static inline __attribute__((always_inline)) void pack_halves(float *panels, Operand x, int64_t n, int64_t numbers,
+                                                              const int64_t width) {
+    enum { LANES = HALF_COLUMNS + MR }; /* at least round_up(width, VF_LEN) */
+    const int64_t lanes = round_up(width, VF_LEN);
+    float power[LANES], rows[VF_LEN * LANES];
+    for (int64_t p = 0; p < n; p += width) {
+        const Operand from = operand_from(x, p, 0);
+        const int64_t count = min64(width, n - p);
+        half *to = (half *)(panels + panel_size(p, numbers, FP16));
+        row_maxima(power, from, count, numbers, lanes);
+        for (int64_t r = 0; r < width; r += VF_LEN) { /* exponents, moved by 127: 130 is that of 8 */
+            const vf largest = vf_min(vf_set1(0x1p127f), vf_max(vf_set1(0x1p-121f), vf_load(power + r)));
+            const vf_bits exponent = vf_to_bits(largest) & 0x7f800000, opposite = 127 + 130 - (exponent >> 23);
+            vf_store(power + r, vf_of_bits(opposite << 23));
+            vf_store_n((float *)(to + numbers * width) + r, vf_of_bits((254 - opposite) << 23), width - r);
+        }
+        for (int64_t k = 0; k < numbers; k += VF_LEN) {
+            const int64_t steps = min64(VF_LEN, numbers - k);
+            if (x.k_stride == 1)
+                transpose(rows, lanes, element(from.data, k, FP32), x.row_stride, count, steps, lanes, FP32, FP32);
+            for (int64_t s = 0; s < steps; s++)
+                for (int64_t r = 0; r < width; r += VF_LEN) {
+                    vf row = vf_set1(0.0f);
+                    if (x.k_stride == 1)
+                        row = vf_load(rows + s * lanes + r);
+                    else if (r < count)
+                        row = vf_load_n((const float *)from.data + (k + s) * x.k_stride + r, count - r);
+                    vh_store_n(to + (k + s) * width + r, vf_mul(row, vf_load(power + r)), width - r);
+                }
+        }
+    }
+}
+
 static inline __attribute__((always_inline)) void pack(float *restrict panels, Operand x, int64_t n, int64_t numbers,
                                                        const int64_t width, const int type) {
-    if (type == BF16 && x.memory == BF16)
+    if (type == FP16)
+        pack_halves(panels, x, n, numbers, width);
+    else if (type == BF16 && x.memory == BF16)
         pack_from(panels, x, n, numbers, width, type, BF16);
     else
         pack_from(panels, x, n, numbers, width, type, FP32);
@@ -172,16 +241,64 @@ static inline __attribute__((always_inline)) void microkernel(float *restrict c,
     }
 }
 
+/* microkernel() in FP16. */
+static void microkernel_halves(float *c, int64_t ldc, const float *packed_a, const float *packed_b, int64_t kc,
+                               int64_t m, int64_t n, Epilogue epilogue, Prefetch *prefetch) {
+    const half *a = (const half *)packed_a, *b = (const half *)packed_b;
+    const float *a_powers = (const float *)(a + kc * MR), *b_powers = (const float *)(b + kc * HALF_COLUMNS);
+    float tile[MR * HALF_COLUMNS];
+    memset(tile, 0, sizeof tile);
+    for (int64_t first = 0; first < kc; first += HALF_BLOCK) {
+        const int64_t steps = min64(HALF_BLOCK, kc - first);
+        vh acc[MR][NV];
+        for (int i = 0; i < MR; i++)
+            for (int j = 0; j < NV; j++) acc[i][j] = vh_zero();
+        for (int64_t line = 0; line < steps; line += PREFETCH_STEPS / 2) prefetch_line(prefetch);
+#pragma GCC unroll 1
+        for (int64_t k = 0; k < steps; k++, a += MR, b += HALF_COLUMNS) {
+            vh bk[NV];
+            for (int j = 0; j < NV; j++) bk[j] = vh_load(b + j * VH_PARTS * VF_LEN);
+            for (int i = 0; i < MR; i++) {
+                const vh ai = vh_set1(a[i]);
+                for (int j = 0; j < NV; j++) acc[i][j] = vh_fma(ai, bk[j], acc[i][j]);
+            }
+        }
+        for (int i = 0; i < MR; i++)
+            for (int j = 0; j < NV; j++)
+                for (int part = 0; part < VH_PARTS; part++) {
+                    float *sums = tile + i * HALF_COLUMNS + (j * VH_PARTS + part) * VF_LEN;
+                    vf_store(sums, vf_add(vf_load(sums), vh_part(acc[i][j], part)));
+                }
+    }
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; j < n; j += VF_LEN) {
+            const vf sums = vf_mul(vf_load(tile + i * HALF_COLUMNS + j), vf_set1(a_powers[i]));
+            vf add = vf_set1(0.0f);
+            if (epilogue.accumulate)
+                add = vf_load_n(c + i * ldc + j, n - j);
+            else if (epilogue.bias)
+                add = vf_load_n(epilogue.bias + j, n - j);
+            vf_store_n(c + i * ldc + j, vf_fma(sums, vf_load(b_powers + j), add), n - j);
+        }
+}
+
 /* c (m x n) from packed a and b. A panel of A stays in the first-level cache while all panels of B are read. */
 static inline __attribute__((always_inline)) void multiply_packed(float *c, int64_t ldc, const float *a, const float *b,
                                                                   int64_t m, int64_t n, int64_t kc, Epilogue epilogue,
                                                                   Prefetch prefetch, const int type) {
     const float *bias = epilogue.bias;
+    const int64_t columns = panel_columns(type);
     for (int64_t i = 0; i < m; i += MR)
-        for (int64_t j = 0; j < n; j += NR) {
+        for (int64_t j = 0; j < n; j += columns) {
+            const float *rows = a + panel_size(i, kc, type), *strip = b + panel_size(j, kc, type);
+            float *to = c + i * ldc + j;
             if (bias) epilogue.bias = bias + j;
-            microkernel(c + i * ldc + j, ldc, a + i * kc, b + j * kc, kc, min64(MR, m - i), min64(NR, n - j), epilogue,
-                        &prefetch, type);
+            if (type == FP16)
+                microkernel_halves(to, ldc, rows, strip, kc, min64(MR, m - i), min64(columns, n - j), epilogue,
+                                   &prefetch);
+            else
+                microkernel(to, ldc, rows, strip, kc, min64(MR, m - i), min64(columns, n - j), epilogue, &prefetch,
+                            type);
         }
 }
 
@@ -194,12 +311,12 @@ typedef struct {
 } Tasks;
 
 /* A task has many columns, because each thread packs B for its columns, and few rows, so that no thread waits long for
- * the last task. */
-static Tasks divide_block(int64_t mc, int64_t N, int64_t kc, int threads) {
+ * the last task. `width` is that of a panel of B. */
+static Tasks divide_block(int64_t mc, int64_t N, int64_t kc, int64_t width, int threads) {
     enum { TASK_PRODUCTS = 1 << 20 }; /* multiply-adds: about ten microseconds */
-    const int64_t panels = ceil_div(N, NR) / (4 * threads);
+    const int64_t panels = ceil_div(N, width) / (4 * threads);
     Tasks tasks;
-    tasks.columns = NR * (panels < 1 ? 1 : min64(panels, NC / NR));
+    tasks.columns = width * (panels < 1 ? 1 : min64(panels, NC / NR));
     tasks.rows = round_up(min64(mc, ceil_div(TASK_PRODUCTS, tasks.columns * kc)), MR);
     tasks.per_column = ceil_div(mc, tasks.rows);
     tasks.count = ceil_div(N, tasks.columns) * tasks.per_column;
@@ -212,16 +329,16 @@ static inline __attribute__((always_inline)) void gemm_of_type(float *c, int64_t
                                                                int64_t K, float *scratch, Team *team, const int type) {
     const int64_t each = numbers_of_lane(type), lanes = ceil_div(K, each);
     const int64_t depth = round_up(ceil_div(lanes, ceil_div(lanes, KC)), PREFETCH_STEPS); /* equal parts, at most KC */
-    float *packed_a = scratch, *packed_b = scratch + (int64_t)KC * (MC + (int64_t)team->member * NC);
+    float *packed_a = scratch, *packed_b = scratch + gemm_scratch_size(team->member);
     for (int64_t pc = 0; pc < K; pc += depth * each)
         for (int64_t ic = 0; ic < M; ic += MC) {
             const int64_t numbers = min64(depth * each, K - pc), kc = ceil_div(numbers, each), mc = min64(MC, M - ic);
-            const Tasks tasks = divide_block(mc, N, kc, team->threads);
+            const Tasks tasks = divide_block(mc, N, kc, panel_columns(type), team->threads);
             int64_t packed = -1; /* the first column in packed_b; -1: none */
             for_shared (group, ceil_div(mc, PACK_PANELS * MR), worth(PACK_PANELS * MR * kc), team) {
                 const int64_t i = group * PACK_PANELS * MR;
-                pack(packed_a + i * kc, operand_from(a, ic + i, pc), min64(PACK_PANELS * MR, mc - i), numbers, MR,
-                     type);
+                pack(packed_a + panel_size(i, kc, type), operand_from(a, ic + i, pc), min64(PACK_PANELS * MR, mc - i),
+                     numbers, MR, type);
             }
             for_shared (task, tasks.count, worth(tasks.rows * tasks.columns * kc / 16), team) {
                 const int64_t i = task % tasks.per_column * tasks.rows, j = task / tasks.per_column * tasks.columns;
@@ -230,11 +347,11 @@ static inline __attribute__((always_inline)) void gemm_of_type(float *c, int64_t
                 if (next_j > j && next_j < N) /* most likely the thread's next columns */
                     prefetch =
                         prefetch_for_pack(operand_from(b, next_j, pc), min64(tasks.columns, N - next_j), numbers);
-                if (packed != j) pack(packed_b, operand_from(b, j, pc), n, numbers, NR, type);
+                if (packed != j) pack(packed_b, operand_from(b, j, pc), n, numbers, panel_columns(type), type);
                 packed = j;
-                multiply_packed(c + (ic + i) * ldc + j, ldc, packed_a + i * kc, packed_b, min64(tasks.rows, mc - i), n,
-                                kc, (Epilogue){pc == 0 && bias ? bias + j : NULL, accumulate || pc > 0}, prefetch,
-                                type);
+                multiply_packed(c + (ic + i) * ldc + j, ldc, packed_a + panel_size(i, kc, type), packed_b,
+                                min64(tasks.rows, mc - i), n, kc,
+                                (Epilogue){pc == 0 && bias ? bias + j : NULL, accumulate || pc > 0}, prefetch, type);
             }
         }
 }
@@ -247,6 +364,8 @@ void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int ac
 #else
         gemm_of_type(c, ldc, a, b, bias, accumulate, M, N, K, scratch, team, BF16);
 #endif
+    else if (precision == FP16)
+        gemm_of_type(c, ldc, a, b, bias, accumulate, M, N, K, scratch, team, FP16);
     else
         gemm_of_type(c, ldc, a, b, bias, accumulate, M, N, K, scratch, team, FP32);
 }

@@ -26,9 +26,9 @@ typedef struct Team Team;
 /* Returns 1 if the CPU and the operating system support the x86 feature ("avx2", "fma", "avx512f", ...), else 0. */
 int cpu_supports(const char *feature);
 
-/* Runs `iterations` rounds of independent multiply-adds of this precision (FP32, BF16, INT8) in registers for each
- * thread. Returns the number of operations done. The caller times it: operations / seconds is the peak of this
- * instruction set. sums (threads) is scratch. */
+/* Runs `iterations` rounds of independent multiply-adds of this precision (FP32, BF16, FP16, INT8) in registers for
+ * each thread; those of FP16 are added to floats as often as in a product. Returns the number of operations done. The
+ * caller times it: operations / seconds is the peak of this instruction set. sums (threads) is scratch. */
 double fma_burn(double *sums, int64_t iterations, int precision, Team *team);
 
 /* Reads data (n) once, except a remainder of less than 1 KB, and returns the sum of the floats that it read. The caller
@@ -55,12 +55,13 @@ void pool_stop(Pool *pool);
  * scale for each row: number = scale * byte. */
 enum { FP32, FP16, INT8, BF16, SIGNED8 };
 
-/* The precision of an op's products: FP32 or BF16, where both factors are rounded to 16 bits, to nearest even, and the
- * products are added in float. BF16 takes denormals for 0.
+/* The precision of an op's products. BF16: both factors are rounded to 16 bits, to nearest even, and the products are
+ * added in float; denormals count as 0. FP16: each row of a factor, along the sum, is scaled by a power of two and
+ * rounded to 11 bits, and short runs of products are added in halves (gemm.c); forward of up to 16 rows, and attention,
+ * multiply floats.
  *
- * An array that is a factor of such products may hold 16 bits itself, rounded when it is written: half the memory, and
- * the same products. It is a void pointer here, and the argument out_type, x_type or qkv_type says FP32 or BF16. BF16
- * is for products of BF16 alone. */
+ * An array that is a factor of products of BF16 may hold 16 bits itself, rounded when it is written: half the memory,
+ * and the same products. It is a void pointer here, and the argument out_type, x_type or qkv_type says FP32 or BF16. */
 
 /* Floats of scratch memory that a kernel needs; gemm_scratch_size is for lora_forward, lora_scratch_size for
  * lora_backward. */

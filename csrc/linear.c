@@ -259,7 +259,7 @@ Input input_of(const Linear *layer, const void *x, int memory, const Quantized *
                int64_t N) {
     const int64_t C = layer->C, stride = input_stride(C, BF16);
     const Input in = {x, bytes, NULL}, pairs = {NULL, bytes, words};
-    if (layer->type == INT8 || precision == FP32) return in;
+    if (layer->type == INT8 || precision != BF16) return in;
     for (int64_t i = 0; i < N; i++)
         for (int64_t c = 0; c < C; c += 2 * VF_LEN)
             vf_store_n(words + i * stride + c / 2, load_lanes(element(x, i * C + c, memory), C - c, BF16, memory),

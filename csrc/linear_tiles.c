@@ -31,7 +31,7 @@ Input input_of(const Linear *layer, const void *x, int memory, const Quantized *
                int64_t N) {
     const int64_t C = layer->C, row = words_of_row(C, layer->type), used = ceil_div(C, numbers_of_word(layer->type));
     const Input in_place = {x, bytes, NULL}, on_tiles = {NULL, bytes, words};
-    if (layer->type == INT8 ? N < INT8_LEAST || C % WORD_BYTES > 0 : precision == FP32) return in_place;
+    if (layer->type == INT8 ? N < INT8_LEAST || C % WORD_BYTES > 0 : precision != BF16) return in_place;
     for (int64_t i = 0; i < N; i += SIDE, words += row * SIDE) { /* (row,SIDE): a word of each of SIDE rows */
         if (layer->type == INT8)                                 /* a word is moved as one float */
             transpose(words, SIDE, bytes->values + i * bytes->stride, bytes->stride / WORD_BYTES, N - i, used, SIDE,

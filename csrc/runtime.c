@@ -20,8 +20,16 @@ static int allows_tiles(void) {
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & NEEDED) != NEEDED) return 0;
     return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 }
+
+/* AVX512-FP16, which compilers have known later than the other features. */
+static int has_half_products(void) {
+    enum { FEATURE = 1 << 23 };
+    unsigned a, b, c, d;
+    return __builtin_cpu_supports("avx512f") && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & FEATURE);
+}
 #else
 static int allows_tiles(void) { return 0; }
+static int has_half_products(void) { return 0; }
 #endif
 
 int cpu_supports(const char *feature) {
@@ -38,6 +46,7 @@ int cpu_supports(const char *feature) {
     if (!strcmp(feature, "avx512vl")) return __builtin_cpu_supports("avx512vl") != 0;
     if (!strcmp(feature, "avx512vnni")) return __builtin_cpu_supports("avx512vnni") != 0;
     if (!strcmp(feature, "avx512bf16")) return __builtin_cpu_supports("avx512bf16") != 0;
+    if (!strcmp(feature, "avx512fp16")) return has_half_products();
     if (!strcmp(feature, "amx-tile")) return allows_tiles();
     if (!strcmp(feature, "amx-bf16")) return allows_tiles();
     if (!strcmp(feature, "amx-int8")) return allows_tiles();
@@ -77,7 +86,7 @@ static double burn_tiles(int64_t iterations, int precision) {
 double fma_burn(double *sums, int64_t iterations, int precision, Team *team) {
     expect_tasks(team, iterations); /* they are long, few as they are */
 #ifdef HAS_TILES
-    if (precision != FP32) {
+    if (precision == BF16 || precision == INT8) {
         for_shared (i, team->threads, 1, team) sums[i] = burn_tiles(iterations, precision);
         return (double)team->threads * sums[0];
     }
@@ -93,11 +102,19 @@ double fma_burn(double *sums, int64_t iterations, int precision, Team *team) {
         }
         const vb unsigned_ones = vb_load_unsigned(ones);
         vb plus_minus = vb_load_signed(signs);
+        half numbers[2][VH_PARTS * VF_LEN];
+        for (int part = 0; part < VH_PARTS; part++) {
+            vh_store_n(numbers[0] + part * VF_LEN, factor, VF_LEN);
+            vh_store_n(numbers[1] + part * VF_LEN, term, VF_LEN);
+        }
+        const vh half_factor = vh_load(numbers[0]), half_term = vh_load(numbers[1]);
+        vh halves[CHAINS];
         vf acc[CHAINS];
         vi whole[CHAINS];
         for (int j = 0; j < CHAINS; j++) {
             acc[j] = vf_set1((float)j);
             whole[j] = vi_first(j);
+            halves[j] = half_term;
         }
         for (int64_t k = 0; precision == INT8 && k < iterations; k++)
             for (int j = 0; j < CHAINS; j++) {
@@ -111,6 +128,11 @@ double fma_burn(double *sums, int64_t iterations, int precision, Team *team) {
                 __asm__("" : "+m"(acc[j])); /* else the compiler sees that several operations add 0 */
 #endif
             }
+        for (int64_t k = 0; precision == FP16 && k < iterations; k++) {
+            for (int j = 0; j < CHAINS; j++) halves[j] = vh_fma(halves[j], half_factor, half_term);
+            for (int j = 0; k % HALF_BLOCK == 0 && j < CHAINS; j++)
+                for (int part = 0; part < VH_PARTS; part++) acc[j] = vf_add(acc[j], vh_part(halves[j], part));
+        }
         for (int64_t k = 0; precision == FP32 && k < iterations; k++)
             for (int j = 0; j < CHAINS; j++) acc[j] = vf_fma(acc[j], factor, term);
         sums[i] = 0.0;
@@ -119,7 +141,10 @@ double fma_burn(double *sums, int64_t iterations, int precision, Team *team) {
     double total = 0.0;
     for (int i = 0; i < team->threads; i++) total += sums[i];
     /* the sums are finite; the compiler would remove the loop if nothing read them */
-    const double products = precision == INT8 ? VB_LEN : precision == BF16 ? 2 * VF_LEN : VF_LEN;
+    const double products = precision == INT8   ? VB_LEN
+                            : precision == BF16 ? 2 * VF_LEN
+                            : precision == FP16 ? VH_PARTS * VF_LEN
+                                                : VF_LEN;
     return isfinite(total) ? (double)team->threads * (double)iterations * CHAINS * products * 2 : 0.0;
 }
 

@@ -5,7 +5,7 @@
  * takes the first n lanes from a and the others from b. Where an operand is NaN, vf_max(a, b) and vf_min(a, b) return b
  * on x86 and NaN on NEON, so kernels put a constant first and a NaN in the data survives.
  *
- * For BF16, see the end: pairs of 16-bit numbers in the lanes of a vf.
+ * For BF16 and FP16, see the end: pairs of 16-bit numbers in the lanes of a vf, and vh, a vector of halves.
  *
  * For INT8: vi holds VF_LEN sums of 32 bits, vb holds VB_LEN numbers of 8 bits. vi_dot multiplies two vb and adds each
  * product to one of the sums. Nothing saturates, so every instruction set computes the same integers. */
@@ -434,6 +434,15 @@ static inline vf vf_of_bits(vf_bits bits) {
     return x;
 }
 
+static inline vf_bits vf_to_bits(vf x) {
+    vf_bits bits;
+    memcpy(&bits, &x, sizeof x);
+    return bits;
+}
+static inline vf vf_abs(vf x) { return vf_of_bits(vf_to_bits(x) & 0x7fffffff); }
+/* All ones where a < b; both are below 2^31. */
+static inline vf_bits vf_less(vf_bits a, vf_bits b) { return (vf_bits)((vf_signs)(a - b) >> 31); }
+
 /* A pair of BF16 numbers is 32 bits, as wide as a float: vf_transpose and all that only moves lanes works on pairs.
  *
  * vf_bf16(a, b): lane l holds numbers 2l (lower half) and 2l + 1 of the 2 VF_LEN numbers of a, then b.
@@ -455,13 +464,6 @@ static inline vf vf_bf16_dot(vf sum, vf a, vf b) { /* see vi_dot */
 }
 static inline vf_halves vf_to_halves(vf x) { return (vf_halves)_mm512_cvtneps_pbh(x); }
 #else
-static inline vf_bits vf_to_bits(vf x) {
-    vf_bits bits;
-    memcpy(&bits, &x, sizeof x);
-    return bits;
-}
-/* All ones where a < b; both are below 2^31. */
-static inline vf_bits vf_less(vf_bits a, vf_bits b) { return (vf_bits)((vf_signs)(a - b) >> 31); }
 /* x, or a zero of its sign where x is a denormal. */
 static inline vf_bits vf_flush(vf_bits x) { return x & ~(vf_less(x & 0x7fffffff, (x & 0) + 0x00800000) >> 1); }
 /* The nearest BF16 in the upper half of each lane; the lower half is 0. */
@@ -602,6 +604,57 @@ static inline void vf_store_half_n(uint16_t *p, vf x, int64_t n) {
     vf_store_half(lanes, x);
     memcpy(p, lanes, (size_t)(n < VF_LEN ? n : VF_LEN) * sizeof(uint16_t));
 }
+
+/* ---- vh: a vector of halves, numbers of FP16 with 11 bits of precision ------------------------------------------- */
+
+/* half is such a number in memory. vh_fma(a, b, c) is a * b + c, rounded once, to nearest even; denormals are numbers.
+ * vh_part(x, i) gives lanes i * VF_LEN to (i + 1) * VF_LEN of the VH_PARTS * VF_LEN lanes as floats. vh_store_n rounds
+ * n floats, below 65520 or infinite.
+ *
+ * Without the instructions of AVX512-FP16 a half is a float that has such a number, and the results are the same. */
+#if defined(__AVX512FP16__)
+typedef __m512h vh;
+typedef _Float16 half;
+#define VH_PARTS 2
+static inline vh vh_zero(void) { return _mm512_setzero_ph(); }
+static inline vh vh_set1(half a) { return _mm512_set1_ph(a); }
+static inline vh vh_load(const half *p) { return _mm512_loadu_ph(p); }
+static inline vh vh_fma(vh a, vh b, vh c) { return _mm512_fmadd_ph(a, b, c); }
+static inline vf vh_part(vh x, const int i) {
+    const __m512i bits = _mm512_castph_si512(x);
+    return _mm512_cvtph_ps(i ? _mm512_extracti64x4_epi64(bits, 1) : _mm512_castsi512_si256(bits));
+}
+static inline void vh_store_n(half *p, vf x, int64_t n) {
+    _mm256_mask_storeu_epi16(p, (__mmask16)vf_halves_mask(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+typedef vf vh;
+typedef float half;
+#define VH_PARTS 1
+static inline vh vh_zero(void) { return vf_set1(0.0f); }
+static inline vh vh_set1(half a) { return vf_set1(a); }
+static inline vh vh_load(const half *p) { return vf_load(p); }
+static inline vf vh_part(vh x, const int i) { return (void)i, x; }
+static inline vf vf_to_half(vf x) {
+    const vf_bits bits = vf_to_bits(x), nearest = (bits + 0xfff + (bits >> 13 & 1)) & 0xffffe000;
+    const vf magic = vf_set1(0.75f); /* sums with it are multiples of 2^-24, as denormals are */
+    const vf_bits denormal = vf_to_bits(vf_sub(vf_add(x, magic), magic));
+    const vf_bits small = vf_less(bits & 0x7fffffff, (bits & 0) + 0x38800000); /* below 2^-14 */
+    return vf_of_bits((denormal & small) | (nearest & ~small));
+}
+/* The product is exact and the sum is rounded to odd, which keeps what the second rounding must know (Boldo and
+ * Melquiond 2008): where the sum is not exact, the float next to it towards 0, with its last bit set. */
+static inline vh vh_fma(vh a, vh b, vh c) {
+    const vf product = vf_mul(a, b), sum = vf_add(c, product), added = vf_sub(sum, c);
+    const vf_bits error = vf_to_bits(vf_add(vf_sub(c, vf_sub(sum, added)), vf_sub(product, added)));
+    const vf_bits bits = vf_to_bits(sum), finite = vf_less(bits & 0x7fffffff, (bits & 0) + 0x7f800000);
+    const vf_bits inexact = finite & vf_less(bits & 0, error & 0x7fffffff);
+    const vf_bits too_large = (vf_bits)((vf_signs)(bits ^ error) >> 31);
+    return vf_to_half(vf_of_bits((bits + (inexact & too_large)) | (inexact & 1)));
+}
+static inline void vh_store_n(half *p, vf x, int64_t n) { vf_store_n(p, vf_to_half(x), n); }
+#endif
+
 static inline vb vb_load_unsigned_n(const uint8_t *p, int64_t n) {
     uint8_t bytes[VB_LEN] = {0};
     if (n >= VB_LEN) return vb_load_unsigned(p);

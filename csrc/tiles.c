@@ -84,9 +84,9 @@ static inline __attribute__((always_inline)) void pack_of(float *panels, Operand
                 }
             }
             const int64_t panel = k_contiguous ? i : part, step = k_contiguous ? part : i;
-            for (int64_t half = 0; half < 2; half++) {
-                const int64_t row = panel * PANEL + half * SIDE, k = step * DEEP;
-                pack_tile(panels + (panel * steps + step) * STEP + half * SIDE * SIDE, x, row, k,
+            for (int64_t lower = 0; lower < 2; lower++) {
+                const int64_t row = panel * PANEL + lower * SIDE, k = step * DEEP;
+                pack_tile(panels + (panel * steps + step) * STEP + lower * SIDE * SIDE, x, row, k,
                           min64(SIDE, n > row ? n - row : 0), min64(DEEP, numbers - k), by_row, k_contiguous, memory);
             }
         }

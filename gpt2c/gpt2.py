@@ -36,7 +36,9 @@ class GPT2(CausalLM):
         adds in float32; weights, their moments, the residual stream, norms, softmax and loss stay
         float32, and so does attention in a step of decoding. What backward needs and only products
         read is kept in 16 bits, and GELU's output is computed again: 1.3 GB in place of 2.5 for 4 x
-        1024 tokens of GPT-2 124M. It is slow on CPUs without instructions for it. "auto" takes what
+        1024 tokens of GPT-2 124M. "fp16" rounds to half precision, scaled row by row, adds up to 64
+        products in half precision and multiplies in float32 in attention and for up to 16 rows; all
+        is kept in float32. Both are slow on CPUs without instructions for them. "auto" takes what
         this CPU computes fastest
 
     Attributes

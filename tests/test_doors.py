@@ -200,7 +200,7 @@ def test_mypy_refuses_wrong_settings_of_fine_tuning(tmp_path: Path) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     with pytest.raises(ValueError, match="did you mean learning_rate"):
         gpt2c.finetune.sft(base, [], out, learning_rat=1)  # type: ignore[call-arg]
-    with pytest.raises(ValueError, match="precision must be fp32, bf16 or auto"):
+    with pytest.raises(ValueError, match="precision must be fp32, bf16, fp16 or auto"):
         gpt2c.finetune.dpo(base, [], out, precision="fp8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_epochs must be float, got str"):
         gpt2c.finetune.grpo(base, [], out, max_epochs="3")  # type: ignore[arg-type]
@@ -228,7 +228,7 @@ def test_types_of_names_are_those_that_the_program_knows(model: gpt2c.GPT2) -> N
     with pytest.raises(ValueError, match="backend 'cuda': unknown name"):
         gpt2c.GPT2(model.config, backend="cuda")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="precision must be"):
-        gpt2c.GPT2(model.config, precision="fp16")  # type: ignore[arg-type]
+        gpt2c.GPT2(model.config, precision="fp8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="config must be a LlamaConfig"):
         gpt2c.Llama(model.config)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="cache must be one of"):

@@ -14,13 +14,20 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2c.kernels.backend import REQUIRES, backends, fma_peak, get_backend, why_missing
+from gpt2c.kernels.backend import (
+    PRECISIONS,
+    backends,
+    fast_precisions,
+    fma_peak,
+    get_backend,
+    why_missing,
+)
 from gpt2c.kernels.limits import read, usable_cores
 from gpt2c.kernels.memory import aligned_zeros
 
 __all__ = [
-    "BF16_TRAIN_RTOL",
     "FLOATS",
+    "ROUNDED_TRAIN_RTOL",
     "Ceilings",
     "Quiet",
     "caches",
@@ -31,10 +38,10 @@ __all__ = [
     "cpu_name",
     "distance_text",
     "fastest",
-    "in_bf16",
     "measure_ceilings",
     "peak_text",
     "peaks",
+    "products_of",
     "read_bandwidth",
 ]
 
@@ -43,16 +50,21 @@ TRAVELS, ROUNDS, TRY_SECONDS = 5, 200, 0.25  # a busy machine spoils most tries
 FAR = 100.0  # ns; within a last-level cache a line takes 25 to 50, between two of them 100 to 200
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 BURN_SECONDS = 0.005
-BF16_TRAIN_RTOL = 0.01  # of a loss; bfloat16 rounds each factor of a product by up to 0.002 of it
+ROUNDED_TRAIN_RTOL = (
+    0.01  # of a loss in 16 bits; bfloat16 rounds each factor of a product by up to 0.002 of it
+)
 # /proc/cpuinfo's numbers of a processor: x86's, then ARM's
 CPU_NUMBERS = ("cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant")
 SOURCES = ("gpt2c", "csrc", "build.py")  # a benchmark measures these
 COMPILER = re.compile(rb"GCC: [ -~]+|[ -~]*clang version [ -~]+")
 
 
-def in_bf16(row: str) -> bool:
-    """Return whether a row's products are in bfloat16: "avx2:bf16", "torch-bf16"."""
-    return row.endswith(":bf16") or row.startswith("torch-bf16")
+def products_of(row: str) -> str:
+    """Return the precision of a row's products: "bf16" of "avx2:bf16" and "torch-bf16"."""
+    name, _, kind = row.partition(":")
+    if name.startswith("torch-bf16"):
+        return "bf16"
+    return kind if kind in PRECISIONS else "fp32"
 
 
 @dataclass(frozen=True)
@@ -61,8 +73,8 @@ class Ceilings:
 
     Attributes
     ----------
-    peak : backend -> FLOP/s of its multiply-adds, registers only; "name:bf16" of those with
-        instructions for bfloat16; "name:int8" are integer operations/s
+    peak : backend -> FLOP/s of its multiply-adds, registers only; "name:bf16" and
+        "name:fp16" of those with instructions for them; "name:int8" are integer operations/s
     bandwidth : number of threads, up to all cores -> bytes/s from and to memory, reading alone or
         adding in place, whichever moves more
     distances : of two cores in ns at each measurement, see `core_distance`
@@ -80,8 +92,8 @@ class Ceilings:
         precision. Without instructions for bfloat16, that of fp32 counts.
         """
         floats = [name for name in self.peak if not name.endswith(":int8")]
-        precise = [name for name in floats if in_bf16(name) == in_bf16(row)]
-        highest = max(self.peak[name] for name in precise or floats)
+        alike = [name for name in floats if products_of(name) == products_of(row)]
+        highest = max(self.peak[name] for name in alike or floats)
         peak = self.peak.get(row, self.peak.get(row.partition(":")[0], highest))
         return max(flops / peak, size / self.full_bandwidth)
 
@@ -139,10 +151,8 @@ def peaks(name: str, threads: int) -> dict[str, float]:
     """Return the peaks of a backend as `Ceilings.peak` has them; none of "numpy"."""
     if name == "numpy":
         return {}
-    found = {name: fma_peak(name, threads)}
-    if "avx512bf16" in REQUIRES[name]:
-        found[f"{name}:bf16"] = fma_peak(name, threads, "bf16")
-    return found | {f"{name}:int8": fma_peak(name, threads, "int8")}
+    rows = {name: "fp32"} | {f"{name}:{one}": one for one in (*fast_precisions(name)[1:], "int8")}
+    return {row: fma_peak(name, threads, one) for row, one in rows.items()}
 
 
 def peak_text(row: str, peak: float) -> str:

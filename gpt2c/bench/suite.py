@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from gpt2c.bench.machine import BF16_TRAIN_RTOL, Ceilings, Quiet, fastest, in_bf16
+from gpt2c.bench.machine import ROUNDED_TRAIN_RTOL, Ceilings, Quiet, fastest, products_of
 from gpt2c.kernels.backend import (
     NAMES,
     PRECISIONS,
-    REQUIRES,
     backends,
+    fast_precisions,
     get_backend,
     why_missing,
 )
@@ -247,7 +247,7 @@ def choose_rows(given: str | None, compile_torch: bool = False) -> list[str]:
     """Return the rows: those given, with commas between, or all backends here and PyTorch.
 
     A backend's row may name the precision of its products, "avx2:bf16". Without --backends, the
-    rows in bfloat16 are those of a CPU with instructions for it.
+    rows of 16-bit products are those of a CPU with instructions for them.
 
     Raises
     ------
@@ -255,9 +255,9 @@ def choose_rows(given: str | None, compile_torch: bool = False) -> list[str]:
     """
     if given is None:
         own = list(reversed(backends()))
-        bf16 = [f"{name}:bf16" for name in own if "avx512bf16" in REQUIRES[name]]
-        torch = [name for name in TORCH if bf16 or "bf16" not in name]
-        return [*own, *bf16, *(n for n in torch if compile_torch or "compile" not in n)]
+        rounded = [f"{name}:{one}" for name in own for one in fast_precisions(name)[1:]]
+        torch = [name for name in TORCH if rounded or "bf16" not in name]
+        return [*own, *rounded, *(n for n in torch if compile_torch or "compile" not in n)]
     names = list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
     for name in names:
         if name not in TORCH:
@@ -266,7 +266,7 @@ def choose_rows(given: str | None, compile_torch: bool = False) -> list[str]:
                 known = ", ".join([*reversed(NAMES), *TORCH])
                 raise ValueError(
                     f"there is no backend {name!r} to measure; there are {known}, and each backend"
-                    " with :bf16"
+                    " with :bf16 or :fp16"
                 )
             if backend not in backends():
                 raise ValueError(f"backend {backend!r}: {why_missing(backend)}")
@@ -513,7 +513,8 @@ def _compare_losses(results: list[Measurement]) -> None:
     found = [r for r in results if "first_loss" in r.facts and not r.note]
     for result in found:
         loss, wanted = result.facts["first_loss"], found[0].facts["first_loss"]
-        rtol = BF16_TRAIN_RTOL if in_bf16(result.row) or in_bf16(found[0].row) else 1e-4
+        exact = products_of(result.row) == products_of(found[0].row) == "fp32"
+        rtol = 1e-4 if exact else ROUNDED_TRAIN_RTOL
         if not abs(loss - wanted) <= rtol * abs(wanted):  # not `>`: NaN is wrong, too
             result.note = f"WRONG: first loss {loss:.5f}, that of {found[0].row} is {wanted:.5f}"
 

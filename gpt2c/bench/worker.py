@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2c.bench.machine import BF16_TRAIN_RTOL, fastest, in_bf16
+from gpt2c.bench.machine import ROUNDED_TRAIN_RTOL, fastest, products_of
 from gpt2c.bench.suite import GPT2_ENGINES
 from gpt2c.formats.load import AnyConfig, config_of
 from gpt2c.kernels import reference
@@ -106,7 +106,7 @@ class Worker:
             torch.set_num_threads(threads)
         elif self._row not in ENGINES:
             self._backend = get_backend(self._row, threads)
-        self._bf16 = in_bf16(row)
+        self._products = products_of(row)
 
     def hello(self) -> dict[str, Any]:
         """Answer, to show that the row runs."""
@@ -116,11 +116,12 @@ class Worker:
         """Prepare an op and compare its results with the reference's, in float64."""
         example, outputs = EXAMPLES[name], len(OPS[name].outputs)
         rtol = example.rtol
-        if self._precision == "bf16":
+        if self._products != "fp32":
             if "precision" not in OPS[name].numbers:
                 return {"missing": "it has no products of matrices"}
-            shape = shape | {"precision": "bf16"}
-            rtol = BF16_ATTENTION if name.startswith("attention") else rtol
+            shape = shape | {"precision": self._products}
+            rounded = name.startswith("attention") and self._products == "bf16"
+            rtol = BF16_ATTENTION if rounded else rtol
         wide = example.make(np.random.default_rng(zlib.crc32(f"{name} {shape}".encode())), **shape)
         if name != "adamw_update":
             for output in wide[:outputs]:
@@ -180,7 +181,7 @@ class Worker:
         losses = [(checked(), step()) for _ in range(3)]
         error = float(np.max([abs(a - b) / abs(b) for a, b in losses]))
         self._call = self._step(given, _batch(given, B, T), recompute)
-        rtol = BF16_TRAIN_RTOL if self._bf16 else TRAIN_RTOL
+        rtol = TRAIN_RTOL if self._products == "fp32" else ROUNDED_TRAIN_RTOL
         return {"error": error, "rtol": rtol, "first_loss": self._call()}
 
     def step(self) -> dict[str, Any]:
@@ -203,7 +204,7 @@ class Worker:
         parameters = Model(config, backend="numpy").parameters
         compiled = "compile" in self._row
         return torch_step(
-            config, parameters, *batch, LEARNING_RATE, GRAD_CLIP, compiled, self._bf16
+            config, parameters, *batch, LEARNING_RATE, GRAD_CLIP, compiled, self._products == "bf16"
         )
 
     def generate(self, what: str, config: dict[str, Any], B: int, T: int) -> dict[str, Any]:
@@ -214,7 +215,7 @@ class Worker:
         what : "prefill" of T tokens, or "decode": one token more of each of B texts of T tokens
         """
         given = config_of(config)
-        if self._bf16 and (why := why_missing("avx512bf16")):
+        if self._products == "bf16" and (why := why_missing("avx512bf16")):
             return {"missing": why}
         if isinstance(given, GPT2Config):
             tiny: AnyConfig = SMALL if self._row in ENGINES else TINY

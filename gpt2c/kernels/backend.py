@@ -35,6 +35,7 @@ __all__ = [
     "as_precision",
     "backends",
     "default_threads",
+    "fast_precisions",
     "fma_peak",
     "get_backend",
     "same_backend",
@@ -48,6 +49,8 @@ AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", *AVX2)
 REQUIRES: dict[str, tuple[str, ...]] = {
     # with products of whole tiles of 16-bit and 8-bit numbers, too
     "amx": (*AVX512, "avx512vnni", "avx512bf16", "amx-tile", "amx-bf16", "amx-int8"),
+    # with multiply-adds of halves, too
+    "avx512fp16": (*AVX512, "avx512vnni", "avx512bf16", "avx512fp16"),
     "avx512bf16": (*AVX512, "avx512vnni", "avx512bf16"),  # with 16-bit dot products, too
     "avx512vnni": (*AVX512, "avx512vnni"),  # as avx512, with 8-bit dot products (VNNI)
     "avx512": AVX512,
@@ -56,11 +59,15 @@ REQUIRES: dict[str, tuple[str, ...]] = {
     "numpy": (),
 }
 # what a caller may name: "auto", and the keys of REQUIRES
-BackendName = Literal["auto", "amx", "avx512bf16", "avx512vnni", "avx512", "avx2", "base", "numpy"]
+BackendName = Literal[
+    "auto", "amx", "avx512fp16", "avx512bf16", "avx512vnni", "avx512", "avx2", "base", "numpy"
+]
 NAMES: tuple[BackendName, ...] = get_args(BackendName)[1:]
-# of the products of matrices; where a CPU has no instruction for 16 bits, each takes several
-PRECISIONS = ("fp32", "bf16")
-Precision = Literal["fp32", "bf16", "auto"]
+# of the products of matrices, and the feature that has an instruction for them; without it each
+# takes several
+INSTRUCTIONS = {"fp32": "", "bf16": "avx512bf16", "fp16": "avx512fp16"}
+PRECISIONS = tuple(INSTRUCTIONS)
+Precision = Literal["fp32", "bf16", "fp16", "auto"]
 # More must be a mistake. gpt2c.kernels.threads.Pool raises OSError if the system starts fewer.
 MAX_THREADS = 1024
 THREAD_VARIABLES = ("GPT2C_NUM_THREADS", "OMP_NUM_THREADS")  # the first that is set counts
@@ -216,7 +223,7 @@ def fma_peak(name: str, threads: int, precision: str = "fp32") -> float:
 
     Parameters
     ----------
-    precision : of the numbers that are multiplied: "fp32", "bf16" or "int8"
+    precision : of the numbers that are multiplied: "fp32", "bf16", "fp16" or "int8"
     """
     if name == "numpy":
         return 0.0
@@ -231,6 +238,17 @@ def fma_peak(name: str, threads: int, precision: str = "fp32") -> float:
     return best
 
 
+def fast_precisions(name: str) -> tuple[str, ...]:
+    """Return the precisions of products for which a backend has an instruction.
+
+    Examples
+    --------
+    >>> gpt2c.kernels.backend.fast_precisions("avx512bf16")
+    ('fp32', 'bf16')
+    """
+    return tuple(p for p, need in INSTRUCTIONS.items() if not need or need in REQUIRES[name])
+
+
 def as_precision(precision: str, backend: Backend) -> str:
     """Return the precision of products; "auto" is that which this CPU computes fastest.
 
@@ -243,8 +261,7 @@ def as_precision(precision: str, backend: Backend) -> str:
     """
     check_choice("precision", precision, get_args(Precision))
     if precision == "auto":
-        if "avx512bf16" not in REQUIRES[backend.name]:
-            return "fp32"
-        peaks = {one: fma_peak(backend.name, backend.threads, one) for one in PRECISIONS}
-        return max(peaks, key=lambda one: peaks[one])
+        known = fast_precisions(backend.name)
+        peaks = {one: fma_peak(backend.name, backend.threads, one) for one in known}
+        return max(known, key=lambda one: peaks[one]) if len(known) > 1 else "fp32"
     return precision

@@ -58,7 +58,7 @@ class Kernels:
         # C's constants of an array's dtype character, and of the precision of products
         self._types = {"f": self._lib.FP32, "e": self._lib.FP16, "B": self._lib.INT8}
         self._types |= {"H": self._lib.BF16, "b": self._lib.SIGNED8}
-        self._precisions = {"fp32": self._lib.FP32, "bf16": self._lib.BF16}
+        self._precisions = {"fp32": self._lib.FP32, "bf16": self._lib.BF16, "fp16": self._lib.FP16}
         self._pools = Pools(module.lib, module.ffi, threads)
         self._local = threading.local()  # for scratch memory: each Python thread needs its own
 
@@ -96,7 +96,7 @@ class Kernels:
 
         Parameters
         ----------
-        precision : "fp32", "bf16" or "int8"
+        precision : "fp32", "bf16", "fp16" or "int8"
         """
         type_ = getattr(self._lib, precision.upper())
         return float(self._call("fma_burn", self._sums(self.threads), iterations, type_))

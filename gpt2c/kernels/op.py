@@ -65,12 +65,12 @@ matmul_forward      out[N OC]factors
                     <- x[N C]factors weight[OC C]weights bias[OC]? scale[OC]? precision='fp32'
                     | out_type x_type type
                     matmul_scratch_size(N C OC precision out_type type threads) N C OC
-    precision: precision in ('fp32', 'bf16')
+    precision: precision in ('fp32', 'bf16', 'fp16')
 matmul_backward     dx[N C]?=x +dweight[OC C]? +dbias[OC]?
                     <- dout[N OC] x[N C]factors weight[OC C]weights scale[OC]? accumulate=True
                     precision='fp32' add=False
                     | x_type type matmul_backward_scratch_size(C OC precision type threads) N C OC
-    precision: precision in ('fp32', 'bf16')
+    precision: precision in ('fp32', 'bf16', 'fp16')
 lora_forward        out[N OC]=y u[N R] <- y[N OC] x[N C] down[R C] up[OC R] scale=1.0
                     | gemm_scratch_size(threads) N C OC R
 lora_backward       dx[N C]?=x +ddown[R C]? +dup[OC R]?
@@ -95,7 +95,7 @@ attention_forward   out[B T C]factors lse[B NH T] ~keys[B KV P HS]cache? ~values
     dropout: P == 0 or dropout == 0
     key: 0 <= key < 2**64
     first: 0 <= first < 2**64 and first % 2**32 + B * T <= 2**32
-    precision: precision in ('fp32', 'bf16')
+    precision: precision in ('fp32', 'bf16', 'fp16')
 attention_backward  dqkv[B T W]=qkv
                     <- dout[B T C] qkv[B T W]factors out[B T C]factors lse[B NH T]
                     offsets[S]offsets? dropout=0.0 key=0 first=0 precision='fp32'
@@ -105,7 +105,7 @@ attention_backward  dqkv[B T W]=qkv
     dropout: 0 <= dropout < 1
     key: 0 <= key < 2**64
     first: 0 <= first < 2**64 and first % 2**32 + B * T <= 2**32
-    precision: precision in ('fp32', 'bf16')
+    precision: precision in ('fp32', 'bf16', 'fp16')
 
 gelu_forward        out[*]factors=x <- x[*]factors | x_type n
 gelu_backward       dx[*]=dout <- dout[*] x[*]factors | x_type n

@@ -276,8 +276,8 @@ class Pass:
     caches : of texts that are read in parts, the name of a block -> its cache
     position : of the first token
     dropout : of a batch to learn from
-    precision : of the products of matrices, "fp32" or "bf16". In bf16 the factors that a training
-        step keeps may be uint16 that hold bfloat16: rounded once, when an op writes them
+    precision : of the products of matrices, "fp32", "bf16" or "fp16". In bf16 the factors that a
+        training step keeps may be uint16 that hold bfloat16: rounded once, when an op writes them
     final : backward calls it with the names of parameters whose gradients it will not touch again;
         or None
     arrive : forward calls it with the names of parameters before it reads these, which may be on

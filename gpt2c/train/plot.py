@@ -38,6 +38,7 @@ OWN_COLORS = {
     "avx512": "#1f3f77",
     "avx512vnni": "#0b8f8f",
     "avx512bf16": "#5b3fb5",
+    "avx512fp16": "#b0307f",
     "amx": "#7a0019",
 }
 COLORS = OWN_COLORS | {

@@ -136,7 +136,7 @@ class Settings:
     )
     recompute: str = setting("run", "none", "none, light or full: save memory, take more time")
     precision: str = setting(
-        "run", "fp32", "fp32, bf16 or auto: of the products of matrices", older="fp32"
+        "run", "fp32", "fp32, bf16, fp16 or auto: of the products of matrices", older="fp32"
     )
     zero: int = setting(
         *("parallel", 1, "1: each rank of mpiexec holds its share of AdamW's moments; 0: all"),

@@ -33,8 +33,9 @@ def test_ceilings_are_measured() -> None:
     cores = usable_cores()
     ceilings = measure_ceilings(cores + 1)
     own = set(backends()) - {"numpy"}
-    bf16 = {f"{name}:bf16" for name in own if name in ("amx", "avx512bf16")}
-    assert ceilings.peak.keys() == own | bf16 | {f"{name}:int8" for name in own}
+    halves = {"amx": ["bf16"], "avx512bf16": ["bf16"], "avx512fp16": ["bf16", "fp16"]}
+    rounded = {f"{name}:{one}" for name in own for one in halves.get(name, [])}
+    assert ceilings.peak.keys() == own | rounded | {f"{name}:int8" for name in own}
     assert len(ceilings.distances) == 1 and 0 <= ceilings.distances[0] < 1e6
     assert 1 in ceilings.bandwidth and max(ceilings.bandwidth) == cores
     assert all(1e9 < size < 1e13 for size in ceilings.bandwidth.values())
@@ -65,23 +66,24 @@ def test_peaks_are_the_best_of_two_measurements() -> None:
     assert first.best(busy) == best
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8"])
 def test_operations_of_a_peak_are_counted(precision: str, backend_name: str) -> None:
     if backend_name == "numpy":
         pytest.skip("numpy has no kernels")
     lanes = {"base": 4, "avx2": 8}.get(backend_name, 16)
     # numbers of 8 bits in a vector; without VNNI each is widened to 16 bits
     small = {"base": 8, "avx2": 16, "avx512": 32}.get(backend_name, 64)
-    products = {"fp32": lanes, "bf16": 2 * lanes, "int8": small}[precision]
+    halves = 32 if backend_name == "avx512fp16" else lanes
+    products = {"fp32": lanes, "bf16": 2 * lanes, "fp16": halves, "int8": small}[precision]
     a_round = 12 * products
-    if backend_name == "amx" and precision != "fp32":  # 16 x 16 sums of rows of 64 bytes
+    if backend_name == "amx" and precision in ("bf16", "int8"):  # 16 x 16 sums of rows of 64 bytes
         a_round = 4 * 16 * 16 * {"bf16": 32, "int8": 64}[precision]
     for threads in (1, 2):
         done = get_backend(backend_name, threads).fma_burn(7, precision)
         assert done == threads * 7 * a_round * 2
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8"])
 def test_no_loop_of_a_peak_vanishes(precision: str, backend_name: str) -> None:
     """As one whose sums the compiler knows would: it seems to be endlessly fast."""
     if backend_name == "numpy":
@@ -199,8 +201,14 @@ def test_commit_with_changed_sources_ends_in_plus(
 
 
 def test_ceiling_of_a_row_is_that_of_its_precision() -> None:
-    both = Ceilings(2, {"avx512bf16": 200e9, "avx512bf16:bf16": 400e9, "avx2": 180e9}, {1: 10e9})
+    peaks = {"avx512bf16": 200e9, "avx512bf16:bf16": 400e9, "avx2": 180e9}
+    both = Ceilings(2, peaks | {"avx512fp16:fp16": 390e9}, {1: 10e9})
     for row, peak in (("avx512bf16", 200), ("avx512bf16:bf16", 400), ("avx2:bf16", 180)):
         assert both.seconds(row, 1e9, 0) == pytest.approx(1 / peak)
-    for row, peak in (("torch-tuned", 200), ("torch-bf16", 400), ("numpy", 200)):
+    for row, peak in (
+        ("torch-tuned", 200),
+        ("torch-bf16", 400),
+        ("numpy", 200),
+        ("avx512fp16:fp16", 390),
+    ):
         assert both.seconds(row, 1e9, 0) == pytest.approx(1 / peak)

@@ -26,6 +26,7 @@ from gpt2c.kernels.backend import (
     THREAD_VARIABLES,
     backends,
     default_threads,
+    fast_precisions,
     why_missing,
 )
 from gpt2c.kernels.busy import BusyCores
@@ -88,7 +89,7 @@ def test_info_shows_backends_and_threads(info, monkeypatch: pytest.MonkeyPatch) 
 def test_info_shows_what_limits_the_speed(
     flags: tuple[str, ...], info, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    peaks = {"fp32": 180e9, "bf16": 360e9, "int8": 720e9}
+    peaks = {"fp32": 180e9, "bf16": 360e9, "fp16": 350e9, "int8": 720e9}
     monkeypatch.setattr(machine, "fma_peak", lambda name, threads, kind="fp32": peaks[kind])
     monkeypatch.setattr(cli_info, "caches", lambda: ["L1 32K", "L2 512K"])
     rows = info(*flags)
@@ -100,9 +101,12 @@ def test_info_shows_what_limits_the_speed(
     assert facts["bandwidth"] == "35 GB/s when memory is read"
     own = [text for name, text in rows if name == "backend" and text.split()[0] in backends()]
     for text in own[:-1]:  # the last is numpy
-        in_bf16 = ", bf16 360 GFLOP/s" if text.startswith(("amx", "avx512bf16")) else ""
+        also = "".join(
+            f", {one} {peaks[one] / 1e9:.0f} GFLOP/s"
+            for one in fast_precisions(text.split()[0])[1:]
+        )
         assert "  peak on " in text
-        assert f": fp32 180 GFLOP/s{in_bf16}, int8 720 GOP/s" in text
+        assert f": fp32 180 GFLOP/s{also}, int8 720 GOP/s" in text
     monkeypatch.setattr(cli_info, "free_bytes", lambda: 400_000_000)
     assert dict(info(*flags))["bandwidth"] == "not measured: that takes 268 MB of memory"
 

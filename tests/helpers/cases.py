@@ -138,6 +138,19 @@ BF16_MATMUL = [
         ],
     )
 ]
+# halves: sums of blocks of 64, rows scaled in parts of at most 768
+FP16_MATMUL = [
+    {**shape, "precision": "fp16"}
+    for shape in shapes(
+        "N C OC",
+        [
+            *((N, 24, 20) for N in (1, 16, 17, 23, 24, 25, 97)),
+            *((19, C, 18) for C in (1, 2, 63, 64, 65, 129, 767, 768, 769, 1540)),
+            *((17, 23, OC) for OC in (1, 15, 16, 17, 63, 64, 65, 130, 257)),
+            (1040, 5, 33),
+        ],
+    )
+]
 BF16_ATTENDED = [
     {**shape, "precision": "bf16"} for shape in (*ATTENTION[::2], *GROUPED, *RAGGED, *DROPPED[::4])
 ]
@@ -216,9 +229,9 @@ OF_BLOCKS: dict[str, list[OpShape]] = {
         *shapes("B T C V kind", [(2, 9, 17, 7, "no wpe"), (2, 9, 17, 7, "no wte")]),
     ],
     "matmul_forward": [
-        *(*MATMUL, *LINEAR, *BF16_MATMUL),
+        *(*MATMUL, *LINEAR, *BF16_MATMUL, *FP16_MATMUL),
         *shapes("N C OC", [(2, 64, 50257), (3, 768, 10007)]),
-        *shapes("N C OC kind precision", [(33, 67, 40, "float16", "bf16")]),
+        *shapes("N C OC kind precision", [(33, 67, 40, "float16", p) for p in ("bf16", "fp16")]),
         # many rows of x, whose products have the columns of out in their lanes
         *shapes(
             "N C OC kind",
@@ -230,7 +243,7 @@ OF_BLOCKS: dict[str, list[OpShape]] = {
         ),
     ],
     "matmul_backward": [
-        *(*MATMUL, *BF16_MATMUL),
+        *(*MATMUL, *BF16_MATMUL, *FP16_MATMUL),
         *shapes("N C OC", [(3, 64, 50257)]),
         *({**shape, "accumulate": False} for shape in MATMUL),
         *shapes("N C OC add", [(1, 1, 1, True), (13, 24, 33, True), (98, 259, 194, True)]),
@@ -245,7 +258,8 @@ OF_BLOCKS: dict[str, list[OpShape]] = {
             ],
         ),
         *shapes("N C OC kind add", [(3, 33, 3073, "uint8", True), (4, 5, 6, "float16", True)]),
-        *shapes("N C OC kind precision", [(33, 67, 40, "uint8", "bf16")]),
+        *shapes("N C OC kind precision", [(33, 67, 40, "uint8", p) for p in ("bf16", "fp16")]),
+        *shapes("N C OC add precision", [(33, 67, 40, True, "fp16")]),
     ],
     "lora_forward": ADAPTERS,
     "lora_backward": [*ADAPTERS, *({**shape, "accumulate": False} for shape in ADAPTERS[::5])],

@@ -111,9 +111,11 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         ({*AVX2, "avx512f"}, ("avx2", "base", "numpy"), "avx512bw, avx512dq, avx512vl"),
         ({*AVX512}, ("avx512", "avx2", "base", "numpy"), "avx512vnni"),
         ({*AVX2, "avx512vnni"}, ("avx2", "base", "numpy"), "avx512f, avx512bw, avx512dq, avx512vl"),
-        ({*REQUIRES["avx512vnni"]}, NAMES[2:], "avx512bf16"),
-        ({*REQUIRES["avx512bf16"]}, NAMES[1:], "amx-tile, amx-bf16, amx-int8"),
-        ({*REQUIRES["amx"]}, NAMES, ""),
+        ({*REQUIRES["avx512vnni"]}, NAMES[3:], "avx512bf16"),
+        ({*REQUIRES["avx512bf16"]}, NAMES[2:], "avx512fp16"),
+        ({*REQUIRES["avx512fp16"]}, NAMES[1:], "amx-tile, amx-bf16, amx-int8"),
+        ({*REQUIRES["amx"]}, ("amx", *NAMES[2:]), ""),
+        ({*REQUIRES["amx"], "avx512fp16"}, NAMES, ""),
     ],
 )
 def test_cpu_gets_the_kernels_that_it_can_run(

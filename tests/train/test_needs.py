@@ -54,7 +54,7 @@ def refusal(settings: TrainSettings = SETTINGS, **how: Any) -> str:
 
 
 @pytest.mark.parametrize("recompute", ["none", "light", "full"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_training_takes_the_estimated_memory(
     recompute: str, precision: str, accumulate: int

@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.kernels.op import MIDDLE, TINY
-from gpt2c.kernels.reference.rounding import on_factors, rounded
+from gpt2c.kernels.reference.rounding import on_factors, product
 
 __all__ = ["lora_backward", "lora_forward", "matmul_backward", "matmul_forward", "matrix_transpose"]
 
 Array = NDArray[np.floating[Any]]
+FEW_ROWS = 16  # whose products in "fp16" are of float32: reading the weights takes longer
 
 
 @on_factors
@@ -44,7 +45,8 @@ def matmul_forward(
     bias : (OC,), or None
     scale : (OC,) for uint8, else None
     precision : "bf16" rounds x and a weight of float32 or float16 to 16 bits first, see `bf16`; the
-        products are added in float32. "fp32" does not
+        products are added in float32. "fp16" rounds them to half precision and adds some products
+        there, see `product`, if x has more than FEW_ROWS rows. "fp32" does not round
 
     Source: dynamic quantization by rows, Dettmers et al. 2022, arXiv:2208.07339, without its
     outliers.
@@ -65,8 +67,8 @@ def matmul_forward(
         sums = x8 @ (weight.astype(np.int64) - MIDDLE).T
         out[...] = sums.astype(x.dtype) * (x_scale * scale)
     else:
-        x, weight = rounded(precision, x, weight.astype(x.dtype, copy=False))
-        out[...] = x @ weight.T
+        few = precision == "fp16" and len(x) <= FEW_ROWS
+        out[...] = product(x, weight.astype(x.dtype, copy=False), "fp32" if few else precision)
     if bias is not None:
         out += bias
 
@@ -114,11 +116,10 @@ def matmul_backward(
     weight = weight.astype(x.dtype, copy=False)
     if scale is not None:
         weight = scale[:, None] * (weight - x.dtype.type(MIDDLE))
-    dout, x, weight = rounded(precision, dout, x, weight)
     if dweight is not None:
-        dweight[...] = dout.T @ x + (dweight if accumulate else 0)
+        dweight[...] = product(dout.T, x.T, precision) + (dweight if accumulate else 0)
     if dx is not None:
-        dx[...] = dout @ weight + (dx if add else 0)
+        dx[...] = product(dout, weight.T, precision) + (dx if add else 0)
 
 
 def lora_forward(

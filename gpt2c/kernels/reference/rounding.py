@@ -1,4 +1,4 @@
-"""Rounding to 16 bits, as the products of a training step in 16 bits round their factors.
+"""Products of 16-bit numbers: how factors are rounded, and how halves are added.
 
 `gpt2c.kernels.reference` states the rules of all ops.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, ParamSpec
 
@@ -14,9 +15,12 @@ from numpy.typing import NDArray
 
 from gpt2c.kernels.op import OPS
 
-__all__ = ["bf16", "nearest", "on_factors", "read", "rounded", "stored"]
+__all__ = ["bf16", "halves", "nearest", "on_factors", "product", "read", "rounded", "stored"]
 
 P = ParamSpec("P")
+# of products of halves: the numbers of a row that are scaled alike, at most, and the products that
+# are added in halves
+PART, BLOCK = 768, 64
 
 
 def bf16(x: NDArray[Any]) -> NDArray[Any]:
@@ -44,8 +48,52 @@ def nearest(x: NDArray[np.float32]) -> NDArray[np.float32]:
     return found.view(np.float32)
 
 
+def halves(x: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Round rows to IEEE half precision, scaled so that nothing is too large.
+
+    Return a power of two for each row of x (N, K), (N, 1), and the nearest halves to x times it, as
+    float64. The largest number of a row becomes one in [8, 16], unless it is below 2^-121.
+
+    Examples
+    --------
+    >>> numbers, power = gpt2c.kernels.reference.halves(np.array([[1e-6, -3e-8]]))
+    >>> (numbers / power).round(13).tolist()  # alone, 3e-8 would be 0 in half precision
+    [[1e-06, -3e-08]]
+    """
+    largest = np.fmax.reduce(np.abs(x), axis=1, keepdims=True).clip(2.0**-121, 2.0**127)
+    power = np.ldexp(1.0, 4 - np.frexp(largest.astype(np.float64))[1])
+    with np.errstate(over="ignore"):  # beside infinity: the row has it anyway
+        return (x * power).astype(np.float16).astype(np.float64), power
+
+
+def product(a: NDArray[Any], b: NDArray[Any], precision: str) -> NDArray[Any]:
+    """Return a b^T for a (M, K) and b (N, K), in the dtype of a.
+
+    "bf16" rounds both. "fp16" takes K in equal parts of at most PART numbers, rounds each part's
+    rows to `halves`, and adds BLOCK products at a time as the instructions of AVX512-FP16 do: in
+    halves, each multiply-add rounded once. The sums of blocks are added in the dtype of a.
+    """
+    if precision != "fp16":
+        a, b = rounded(precision, a, b)
+        exact: NDArray[Any] = a @ b.T
+        return exact
+    out, K = np.zeros((len(a), len(b)), a.dtype), a.shape[1]
+    depth = math.ceil(math.ceil(K / math.ceil(K / PART)) / 8) * 8
+    for first in range(0, K, depth):
+        (x, to_x), (y, to_y) = (halves(one[:, first : first + depth]) for one in (a, b))
+        sums = np.zeros_like(out)
+        for block in range(0, x.shape[1], BLOCK):
+            total = np.zeros(out.shape, np.float16)
+            with np.errstate(invalid="ignore"):  # infinity times 0 is nan
+                for k in range(block, min(block + BLOCK, x.shape[1])):
+                    total = (total + np.multiply.outer(x[:, k], y[:, k])).astype(np.float16)
+            sums += total
+        out += sums / to_x / to_y.T
+    return out
+
+
 def rounded(precision: str, *factors: NDArray[Any]) -> tuple[NDArray[Any], ...]:
-    """Return the factors of products of this precision: as they are, or nearest bfloat16."""
+    """Return the factors of attention's products: as they are, or nearest bfloat16."""
     return tuple(map(bf16, factors)) if precision == "bf16" else factors
 
 
