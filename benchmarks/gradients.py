@@ -18,16 +18,18 @@ from typing import Any
 import numpy as np
 
 from gpt2c import GPT2, GPT2Config
+from gpt2c.bench.machine import fastest_for
 from gpt2c.bench.report import provenance
+from gpt2c.kernels.backend import Precision
 from gpt2c.kernels.limits import usable_cores
 
 Gradients = dict[str, Any]
 SEEDS = 3
 
 
-def of_gpt2c(model: GPT2, precision: str, batch: Any) -> Gradients:
+def of_gpt2c(model: GPT2, precision: Precision, batch: Any) -> Gradients:
     """Return the gradients of the mean loss of a batch."""
-    own = GPT2(model.config, seed=None, backend=model.backend, precision=precision)
+    own = GPT2(model.config, seed=None, backend=fastest_for(precision), precision=precision)
     own.flat_parameters[...] = model.flat_parameters
     own.zero_grad()
     own.loss(*batch)
@@ -78,6 +80,7 @@ def main() -> None:
         exact = of_torch(model, "float64", batch)
         for name, found in (
             ("gpt2c bf16", of_gpt2c(model, "bf16", batch)),
+            ("gpt2c fp16", of_gpt2c(model, "fp16", batch)),
             ("PyTorch autocast", of_torch(model, "autocast", batch)),
             ("gpt2c fp32", of_gpt2c(model, "fp32", batch)),
             ("PyTorch float32", of_torch(model, "float32", batch)),

@@ -1,12 +1,13 @@
 """Whether a model learns as well with products of 16 bits: curves of three seeds in both, and time.
 
     python benchmarks/precision.py TEXT --json benchmarks/results/xeon-precision.json
-    python benchmarks/precision.py TEXT --parts shakespeare --seeds 1           # a minute
+    python benchmarks/precision.py TEXT --parts shakespeare --seeds 1           # two minutes
 
 TEXT is a file, such as Tiny Shakespeare, for the recipe shakespeare-char. The demo and the part
 "long", a GPT-2 of 12 million parameters, read this Python's documentation. The precisions take
-turns. A curve's difference is that of its mean over the seeds; the seeds alone show how far one run
-is from another. Runs that FILE has are not repeated: an interrupted command goes on.
+turns, each on the fastest backend with instructions for it. A curve's difference is that of its
+mean over the seeds; the seeds alone show how far one run is from another. Runs that FILE has are
+not repeated: an interrupted command goes on.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from gpt2c.bench.machine import fastest_for
 from gpt2c.bench.report import provenance
 from gpt2c.files.atomic import atomic_path
-from gpt2c.kernels.backend import as_precision, get_backend
+from gpt2c.kernels.backend import PRECISIONS, as_precision, get_backend
 from gpt2c.kernels.limits import usable_cores
 from gpt2c.screen.picture import drawing, make_figure, write
 from gpt2c.text.corpus import python_documentation
@@ -37,8 +39,6 @@ LONG = {
     "eval_interval": 150, "eval_iters": 20,
 }  # fmt: skip
 RECIPES = {"demo": "demo", "shakespeare": "shakespeare-char"}
-PRECISIONS = ("fp32", "bf16")
-
 Curve = list[tuple[int, float]]
 
 
@@ -46,6 +46,7 @@ def run(name: str, precision: str, seed: int, data: Path, folder: Path) -> dict[
     """Train; return the row of a run."""
     given = dict(LONG) if name == "long" else recipe_settings(RECIPES[name], {})
     settings = given | {"seed": seed, "precision": precision, "save_minutes": 1000.0}
+    settings["backend"] = fastest_for(precision)
     out = folder / f"{name} {precision}, seed {seed}"
     seconds = train(data, out, settings).seconds
     entries = read_metrics(out / "metrics.jsonl")
@@ -63,24 +64,19 @@ def mean_curve(rows: list[dict[str, Any]], name: str, precision: str) -> Curve:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the parts as Markdown."""
+    """Return the parts as Markdown; a difference is from fp32, of the means of the seeds."""
     lines = [
-        "| part | validation loss fp32 / bf16, of each seed | means differ: most, at the end"
-        " | seconds fp32 / bf16 | ratio |",
-        "|---|---|---:|---:|---:|",
+        "| part | precision | validation loss of each seed | differs: most, at the end | seconds |",
+        "|---|---|---|---:|---:|",
     ]
-    for name in dict.fromkeys(row["part"] for row in rows):
-        own = {p: [r for r in rows if (r["part"], r["precision"]) == (name, p)] for p in PRECISIONS}
-        pairs = zip(*own.values(), strict=True)
-        losses = ", ".join(f"{a['curve'][-1][1]:.4f} / {b['curve'][-1][1]:.4f}" for a, b in pairs)
-        means = [mean_curve(rows, name, precision) for precision in PRECISIONS]
+    for name, precision in dict.fromkeys((row["part"], row["precision"]) for row in rows):
+        own = [row for row in rows if (row["part"], row["precision"]) == (name, precision)]
+        losses = ", ".join(f"{row['curve'][-1][1]:.4f}" for row in own)
+        seconds = statistics.median(row["seconds"] for row in own)
+        means = [mean_curve(rows, name, one) for one in ("fp32", precision)]
         off = [b / a - 1 for (_, a), (_, b) in zip(*means, strict=True)]
-        largest = max(off, key=abs)
-        seconds = [statistics.median(row["seconds"] for row in own[p]) for p in PRECISIONS]
-        lines.append(
-            f"| {name} | {losses} | {largest:+.2%}, {off[-1]:+.2%} | {seconds[0]:.0f} /"
-            f" {seconds[1]:.0f} | {seconds[1] / seconds[0]:.2f} |"
-        )
+        differs = f"{max(off, key=abs):+.2%}, {off[-1]:+.2%}" if precision != "fp32" else ""
+        lines.append(f"| {name} | {precision} | {losses} | {differs} | {seconds:.0f} |")
     return "\n".join(lines)
 
 
@@ -96,9 +92,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                     steps, losses = zip(*row["curve"], strict=True)
                     number = PRECISIONS.index(row["precision"])
                     label = row["precision"] if row["seed"] == 1 else None
-                    axes.plot(
-                        steps, losses, "--" if number else "-", color=f"C{number}", label=label
-                    )
+                    style = ("-", "--", ":")[number]
+                    axes.plot(steps, losses, style, color=f"C{number}", label=label)
             axes.set(title=name, xlabel="step", ylabel="validation loss" if place == 1 else "")
             axes.legend()
         write(figure, path)
@@ -108,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", type=Path)
     parser.add_argument("--parts", nargs="+", default=[*RECIPES, "long"])
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -118,7 +114,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = json.loads(given.json.read_text())["rows"] if is_there else []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name, seed, precision in product(given.parts, range(1, given.seeds + 1), PRECISIONS):
+        runs = product(given.parts, range(1, given.seeds + 1), given.precisions)
+        for name, seed, precision in runs:
             if any((r["part"], r["seed"], r["precision"]) == (name, seed, precision) for r in rows):
                 continue
             data = folder / f"{name}-data"

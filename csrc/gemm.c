@@ -53,14 +53,15 @@ enum {
 
 int64_t gemm_rows(void) { return MC; }
 
-/* Columns of C in a panel of B, and floats of memory that a panel of these rows or columns takes. A float has VH_PARTS
- * halves; a row has one power of two. */
+/* Columns of C in a panel of B, and floats of memory that a panel of these rows or columns takes. In FP16 a float has
+ * VH_PARTS halves, and a row has one power of two more. */
 enum { HALF_COLUMNS = NR * VH_PARTS };
 static inline int64_t panel_columns(const int type) { return type == FP16 ? HALF_COLUMNS : NR; }
 static inline int64_t panel_size(int64_t rows, int64_t kc, const int type) {
     return type == FP16 ? rows * (kc + VH_PARTS) / VH_PARTS : rows * kc;
 }
 
+/* LINE: room for the powers, which leaves all blocks on whole cache lines. */
 int64_t gemm_scratch_size(int threads) { return (int64_t)(KC + LINE) * (MC + (int64_t)threads * NC); }
 
 /* ---- packing ------------------------------------------------------------------------------------------------ */
@@ -129,7 +130,7 @@ static inline __attribute__((always_inline)) void pack_halves(float *panels, Ope
         half *to = (half *)(panels + panel_size(p, numbers, FP16));
         row_maxima(power, from, count, numbers, lanes);
         for (int64_t r = 0; r < width; r += VF_LEN) { /* exponents, moved by 127: 130 is that of 8 */
-            const vf largest = vf_min(vf_set1(0x1p127f), vf_max(vf_set1(0x1p-121f), vf_load(power + r)));
+            const vf largest = vf_max(vf_set1(0x1p-121f), vf_load(power + r)); /* else the power would be too large */
             const vf_bits exponent = vf_to_bits(largest) & 0x7f800000, opposite = 127 + 130 - (exponent >> 23);
             vf_store(power + r, vf_of_bits(opposite << 23));
             vf_store_n((float *)(to + numbers * width) + r, vf_of_bits((254 - opposite) << 23), width - r);
@@ -253,7 +254,7 @@ static void microkernel_halves(float *c, int64_t ldc, const float *packed_a, con
         vh acc[MR][NV];
         for (int i = 0; i < MR; i++)
             for (int j = 0; j < NV; j++) acc[i][j] = vh_zero();
-        for (int64_t line = 0; line < steps; line += PREFETCH_STEPS / 2) prefetch_line(prefetch);
+        for (int64_t k = 0; k < steps; k += PREFETCH_STEPS / 2) prefetch_line(prefetch); /* a step is half as long */
 #pragma GCC unroll 1
         for (int64_t k = 0; k < steps; k++, a += MR, b += HALF_COLUMNS) {
             vh bk[NV];
@@ -272,13 +273,15 @@ static void microkernel_halves(float *c, int64_t ldc, const float *packed_a, con
     }
     for (int64_t i = 0; i < m; i++)
         for (int64_t j = 0; j < n; j += VF_LEN) {
-            const vf sums = vf_mul(vf_load(tile + i * HALF_COLUMNS + j), vf_set1(a_powers[i]));
+            /* the smaller power first: the result is exact, and not infinite on the way to a number */
+            const vf a_power = vf_set1(a_powers[i]), b_power = vf_load(b_powers + j);
+            const vf sums = vf_mul(vf_load(tile + i * HALF_COLUMNS + j), vf_min(a_power, b_power));
             vf add = vf_set1(0.0f);
             if (epilogue.accumulate)
                 add = vf_load_n(c + i * ldc + j, n - j);
             else if (epilogue.bias)
                 add = vf_load_n(epilogue.bias + j, n - j);
-            vf_store_n(c + i * ldc + j, vf_fma(sums, vf_load(b_powers + j), add), n - j);
+            vf_store_n(c + i * ldc + j, vf_add(vf_mul(sums, vf_max(a_power, b_power)), add), n - j);
         }
 }
 

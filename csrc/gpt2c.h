@@ -61,7 +61,8 @@ enum { FP32, FP16, INT8, BF16, SIGNED8 };
  * multiply floats.
  *
  * An array that is a factor of products of BF16 may hold 16 bits itself, rounded when it is written: half the memory,
- * and the same products. It is a void pointer here, and the argument out_type, x_type or qkv_type says FP32 or BF16. */
+ * and the same products. It is a void pointer here, and the argument out_type, x_type or qkv_type says FP32 or BF16.
+ * BF16 is for products of BF16 alone. */
 
 /* Floats of scratch memory that a kernel needs; gemm_scratch_size is for lora_forward, lora_scratch_size for
  * lora_backward. */

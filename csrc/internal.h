@@ -117,9 +117,10 @@ static inline Operand operand_from(Operand x, int64_t row, int64_t k) {
     return x;
 }
 
+enum { HALF_BLOCK = 64 }; /* products of FP16 that are added in FP16, before their sum is added in float */
+
 /* c[i*ldc + j] (M x N) = sum over k of a(i,k) b(j,k), plus bias[j] if not NULL, or plus the old c if `accumulate`. The
  * products are of floats, or of the BF16 or FP16 numbers nearest to them. */
-enum { HALF_BLOCK = 64 }; /* products of FP16 that are added in FP16 */
 void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int precision, int64_t M,
           int64_t N, int64_t K, float *scratch, Team *team);
 /* gemm() in BF16 where HAS_TILES is defined. It writes a c of BF16, too, if K is at most tiles_depth() and it does not

@@ -636,7 +636,8 @@ static inline vh vh_set1(half a) { return vf_set1(a); }
 static inline vh vh_load(const half *p) { return vf_load(p); }
 static inline vf vh_part(vh x, const int i) { return (void)i, x; }
 static inline vf vf_to_half(vf x) {
-    const vf_bits bits = vf_to_bits(x), nearest = (bits + 0xfff + (bits >> 13 & 1)) & 0xffffe000;
+    const vf_bits bits = vf_to_bits(x), finite = vf_less(bits & 0x7fffffff, (bits & 0) + 0x7f800000);
+    const vf_bits nearest = (bits + (finite & (0xfff + (bits >> 13 & 1)))) & 0xffffe000;
     const vf magic = vf_set1(0.75f); /* sums with it are multiples of 2^-24, as denormals are */
     const vf_bits denormal = vf_to_bits(vf_sub(vf_add(x, magic), magic));
     const vf_bits small = vf_less(bits & 0x7fffffff, (bits & 0) + 0x38800000); /* below 2^-14 */

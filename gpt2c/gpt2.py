@@ -38,8 +38,8 @@ class GPT2(CausalLM):
         read is kept in 16 bits, and GELU's output is computed again: 1.3 GB in place of 2.5 for 4 x
         1024 tokens of GPT-2 124M. "fp16" rounds to half precision, scaled row by row, adds up to 64
         products in half precision and multiplies in float32 in attention and for up to 16 rows; all
-        is kept in float32. Both are slow on CPUs without instructions for them. "auto" takes what
-        this CPU computes fastest
+        is kept in float32. Both are slow on a backend without instructions for them: fp16's are
+        those of avx512fp16. "auto" takes what this CPU computes fastest
 
     Attributes
     ----------

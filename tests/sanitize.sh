@@ -18,13 +18,13 @@ runtime=$(${CC:-cc} -print-file-name=libasan.so)
 case $runtime in /*) ;; *) echo "${CC:-cc} has no libasan.so: install gcc's sanitizers" >&2; exit 1 ;; esac
 LD_PRELOAD="$runtime $(${CC:-cc} -print-file-name=libubsan.so)" \
 ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONPATH="$copy" \
-    "$1" -m pytest -q -n 2 --dist worksteal -p no:cacheprovider tests/kernels/test_kernels.py tests/model/test_reader.py tests/kernels/test_kernel_fuzz.py -k "not numpy"
+    "$1" -m pytest -q -n 2 --dist worksteal -p no:cacheprovider tests/kernels/test_kernels.py tests/kernels/test_fp16.py tests/model/test_reader.py tests/kernels/test_kernel_fuzz.py -k "not numpy"
 # A CPU without vectors that simd.h knows: one lane.
 if [ "$(uname -m)" = x86_64 ]; then
     rm -f gpt2c/*.so
     "$1" -c 'import build; from pathlib import Path
 build.ISAS = {"x86_64": {"base": ["-U__SSE2__"]}}
 build.build(Path("gpt2c"), werror=True)'
-    PYTHONPATH="$copy" "$1" -m pytest -q -n 2 --dist worksteal -p no:cacheprovider tests/kernels/test_kernels.py tests/model/test_reader.py -k "not numpy"
+    PYTHONPATH="$copy" "$1" -m pytest -q -n 2 --dist worksteal -p no:cacheprovider tests/kernels/test_kernels.py tests/kernels/test_fp16.py tests/model/test_reader.py -k "not numpy"
     PYTHONPATH="$copy" "$1" -m pytest -q -n 2 --dist worksteal -p no:cacheprovider tests/kernels/test_kernel_fuzz.py
 fi

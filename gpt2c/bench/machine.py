@@ -38,6 +38,7 @@ __all__ = [
     "cpu_name",
     "distance_text",
     "fastest",
+    "fastest_for",
     "measure_ceilings",
     "peak_text",
     "peaks",
@@ -50,9 +51,8 @@ TRAVELS, ROUNDS, TRY_SECONDS = 5, 200, 0.25  # a busy machine spoils most tries
 FAR = 100.0  # ns; within a last-level cache a line takes 25 to 50, between two of them 100 to 200
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 BURN_SECONDS = 0.005
-ROUNDED_TRAIN_RTOL = (
-    0.01  # of a loss in 16 bits; bfloat16 rounds each factor of a product by up to 0.002 of it
-)
+# of a loss in 16 bits; bfloat16 rounds each factor of a product by up to 0.002 of it
+ROUNDED_TRAIN_RTOL = 0.01
 # /proc/cpuinfo's numbers of a processor: x86's, then ARM's
 CPU_NUMBERS = ("cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant")
 SOURCES = ("gpt2c", "csrc", "build.py")  # a benchmark measures these
@@ -89,7 +89,7 @@ class Ceilings:
         """Return the least seconds that `flops` operations on `size` bytes can take.
 
         NumPy and PyTorch choose their own instructions: their peak is the highest one of their
-        precision. Without instructions for bfloat16, that of fp32 counts.
+        precision. Without instructions for it, that of fp32 counts.
         """
         floats = [name for name in self.peak if not name.endswith(":int8")]
         alike = [name for name in floats if products_of(name) == products_of(row)]
@@ -122,6 +122,11 @@ def fastest() -> str:
     if backends()[0] == "numpy":
         raise ValueError(f"a benchmark needs the kernels: {why_missing('base')}")
     return backends()[0]
+
+
+def fastest_for(precision: str) -> str:
+    """Return the fastest backend with an instruction for such products, else the fastest of all."""
+    return next((name for name in backends() if precision in fast_precisions(name)), fastest())
 
 
 def measure_ceilings(threads: int) -> Ceilings:

@@ -87,9 +87,9 @@ class Worker:
     Parameters
     ----------
     row : a backend or one of ENGINES, with the kind of its weights, such as "avx2:int8", or the
-        precision of its products, "avx2:bf16"; a third word is the type of its keys and values,
-        "avx2:int8:fp16"; or "torch...": PyTorch, compiled if the name contains "compile", with
-        autocast to bfloat16 if it contains "bf16"
+        precision of its products in training and ops, "avx2:bf16" or "avx512fp16:fp16"; a third
+        word is the type of its keys and values, "avx2:int8:fp16"; or "torch...": PyTorch, compiled
+        if the name contains "compile", with autocast to bfloat16 if it contains "bf16"
     threads : number of threads
     world : the ranks that share the batch of a training step
     """

@@ -239,7 +239,7 @@ def fma_peak(name: str, threads: int, precision: str = "fp32") -> float:
 
 
 def fast_precisions(name: str) -> tuple[str, ...]:
-    """Return the precisions of products for which a backend has an instruction.
+    """Return "fp32", then the other precisions for which a backend has an instruction.
 
     Examples
     --------

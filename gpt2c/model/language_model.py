@@ -64,7 +64,7 @@ class LanguageModel:
 
     @property
     def precision(self) -> str:
-        """The precision of the products of matrices: "fp32" or "bf16"."""
+        """The precision of the products of matrices: "fp32", "bf16" or "fp16"."""
         return self._precision
 
     def __repr__(self) -> str:

@@ -16,7 +16,7 @@ from gpt2c.causal_lm import CausalLM
 from gpt2c.evaluate.loss import Shards, evaluate
 from gpt2c.files import atomic
 from gpt2c.files.names import RESULT_FILE, RUN_FILE
-from gpt2c.kernels.backend import fast_precisions, get_backend
+from gpt2c.kernels.backend import backends, fast_precisions, get_backend
 from gpt2c.model.config import ModelConfig
 from gpt2c.parallel.world import ALONE, World, join
 from gpt2c.pretrained import MODELS
@@ -272,7 +272,9 @@ def _describe(run: Run, settings: TrainSettings, batches: Batches) -> str:
     config, model = run.model.config, run.model
     products = "" if settings.precision == "fp32" else f", products in {model.precision}"
     if model.precision not in fast_precisions(model.backend.name):
-        products += " (slow: this CPU has no instructions for them)"
+        others = [name for name in backends() if model.precision in fast_precisions(name)]
+        who = f"--backend {others[0]} has" if others else "this CPU has no"
+        products += f" (slow: {who} instructions for them)"
     text = (
         f"{config.num_parameters():,} parameters, backend {model.backend.name}{products};"
         f" {settings.max_iters:,} steps of {settings.tokens_per_step:,} tokens; an epoch is"

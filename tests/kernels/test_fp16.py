@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Guarded
 from numpy.typing import NDArray
 
 from gpt2c.kernels.backend import get_backend
@@ -110,8 +111,11 @@ def test_largest_block_is_a_half(backend_name: str) -> None:
     assert (out == 256 * BLOCK).all()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_not_lost(value: float, backend_name: str) -> None:
+NANS = np.array([0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
+
+
+@pytest.mark.parametrize("value", [*NANS, np.inf, -np.inf])
+def test_what_is_not_finite_is_not_lost(value: Any, backend_name: str) -> None:
     """It reaches its row, or its column, and no other; a run's count of skipped steps needs it."""
     backend, ones = get_backend(backend_name), np.ones((20, 70), np.float32)
     for place in ((0, 0), (7, 63), (19, 69)):
@@ -124,6 +128,44 @@ def test_what_is_not_finite_is_not_lost(value: float, backend_name: str) -> None
             backend.matmul_forward(out, ones, x, None, None, "fp16")
             assert not np.isfinite(out[:, place[0]]).any()
             assert np.isfinite(np.delete(out, place[0], 1)).all()
+
+
+@pytest.mark.parametrize("size", [1e38, 1e35, 1e30, 1e-30, 1e-36, 1e-40])
+@pytest.mark.parametrize("depth", [1, 768])
+def test_no_power_of_two_is_too_large(depth: int, size: float, backend_name: str) -> None:
+    """Rows of any size, times columns of the opposite size; their product is a number."""
+    x, other = (np.full((17, depth), one, np.float32) for one in (size, min(1 / size, 1e38)))
+    for a, b in ((x, other), (other, x)):
+        out = np.empty((17, 17), np.float32)
+        get_backend(backend_name).matmul_forward(out, a, b, None, None, "fp16")
+        exact = a[0].astype(np.float64) @ b[0].astype(np.float64)
+        assert np.isfinite(out).all() and (np.abs(out / exact - 1) < 2.0**-9).all()
+    a = np.zeros((17, depth), np.float32)
+    get_backend(backend_name).matmul_forward(out, a, x, None, None, "fp16")
+    assert not out.any()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_scratch_is_large_enough(
+    threads: int, guarded: Guarded, backend_name: str, rng: np.random.Generator, monkeypatch: Any
+) -> None:
+    """For a whole block of rows and panels of the greatest depth, and for one more."""
+    if backend_name == "numpy":
+        pytest.skip("numpy has no scratch memory")
+    backend, found = get_backend(backend_name, threads), []
+    monkeypatch.setattr(
+        backend,
+        "_scratch",
+        lambda size: backend._f(guarded.copy(np.full(size, np.nan, np.float32))),
+    )
+    for N, C, OC in ((1040, 768, 150), (97, 769, 300)):
+        x, weight = (rng.standard_normal((n, C), np.float32) for n in (N, OC))
+        out = np.empty((N, OC), np.float32)
+        backend.matmul_forward(out, x, weight, None, None, "fp16")
+        guarded.check(f"{N} {C} {OC}")
+        exact = x.astype(np.float64) @ weight.T
+        found.append(np.linalg.norm(out - exact) / np.linalg.norm(exact))
+    assert max(found) < 2.0**-9
 
 
 def test_few_rows_are_products_of_floats(backend: Any, rng: np.random.Generator) -> None:

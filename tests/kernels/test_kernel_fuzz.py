@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt2c import GPT2, Engine, GenerationConfig, GPT2Config
-from gpt2c.kernels.backend import backends, get_backend
+from gpt2c.kernels.backend import PRECISIONS, backends, get_backend
 from gpt2c.kernels.cases import EXAMPLES
 
 REFUSALS = (ValueError, TypeError, MemoryError, OSError)
@@ -84,6 +84,8 @@ def op_shapes(draw: Any, name: str) -> dict[str, Any]:
     shape = {letter: draw(SIZE_OF.get(letter, usual)) for letter in example.letters}
     if example.kinds and draw(st.booleans()):
         shape["kind"] = draw(st.sampled_from(sorted(example.kinds)))
+    if name.startswith("matmul"):
+        shape["precision"] = draw(st.sampled_from(PRECISIONS))
     return shape
 
 

@@ -21,6 +21,7 @@ from helpers.runs import FIRST, checkpoint_names, files_below, train
 import gpt2c
 from gpt2c import GPT2, Dropout
 from gpt2c.cli.main import main
+from gpt2c.kernels.backend import backends
 from gpt2c.kernels.busy import BusyCores
 from gpt2c.text.prepare import prepare
 from gpt2c.train import pretrain
@@ -166,18 +167,34 @@ def test_resumed_run_with_dropout_has_the_masks_of_a_whole_one(
     same(out, tmp_path / "whole")
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_resumed_run_in_16_bits_equals_a_whole_one(
-    data: Path, tmp_path: Path, whole: Path, cut: Any, capsys: pytest.CaptureFixture[str]
+    precision: str,
+    data: Path,
+    tmp_path: Path,
+    whole: Path,
+    cut: Any,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given: dict[str, Any] = {"precision": "bf16", "save_interval": 5}
+    given: dict[str, Any] = {"precision": precision, "save_interval": 5}
     train(data, tmp_path / "uncut", **given)
-    assert ", products in bf16" in capsys.readouterr().out
+    assert f", products in {precision}" in capsys.readouterr().out
     out = cut(data, tmp_path / "run", 14, **given)
     assert train(data, out, resume=True).step == 20
     same(out, tmp_path / "uncut")
     losses = [[entry["loss"] for entry in metrics(run)] for run in (out, whole)]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
-    assert json.loads((out / "run.json").read_text())["precision"] == "bf16"
+    assert json.loads((out / "run.json").read_text())["precision"] == precision
+
+
+@pytest.mark.skipif("base" not in backends(), reason="no kernels here")
+def test_slow_precision_is_said_with_who_is_fast(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(data, tmp_path / "run", backend="base", precision="fp16", max_iters=1)
+    own = "avx512fp16" in backends()
+    who = "--backend avx512fp16 has" if own else "this CPU has no"
+    assert f"products in fp16 (slow: {who} instructions for them)" in capsys.readouterr().out
 
 
 def test_resumed_run_keeps_what_auto_was(data: Path, tmp_path: Path, cut: Any) -> None:

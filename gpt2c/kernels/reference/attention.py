@@ -137,7 +137,7 @@ def attention_forward(
     dropout, key, first : see `dropout_forward`; a row is a token of the batch, a column a key of
         its sequence, and each head has its own; dropout is 0 with a cache
     precision : "bf16" rounds the factors of both products to 16 bits, see `matmul_forward`; a
-        kernel rounds multiples of p
+        kernel rounds multiples of p. "fp16" does not round
 
     Source: Vaswani et al. 2017, arXiv:1706.03762; lse: Dao et al. 2022, arXiv:2205.14135; grouped
     queries: Ainslie et al. 2023, arXiv:2305.13245.

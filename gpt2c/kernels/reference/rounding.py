@@ -88,12 +88,13 @@ def product(a: NDArray[Any], b: NDArray[Any], precision: str) -> NDArray[Any]:
                 for k in range(block, min(block + BLOCK, x.shape[1])):
                     total = (total + np.multiply.outer(x[:, k], y[:, k])).astype(np.float16)
             sums += total
-        out += sums / to_x / to_y.T
+        with np.errstate(over="ignore"):
+            out += (sums / to_x / to_y.T).astype(out.dtype)
     return out
 
 
 def rounded(precision: str, *factors: NDArray[Any]) -> tuple[NDArray[Any], ...]:
-    """Return the factors of attention's products: as they are, or nearest bfloat16."""
+    """Return factors as they are, or the nearest bfloat16; "fp16" is `product`'s alone."""
     return tuple(map(bf16, factors)) if precision == "bf16" else factors
 
 
