@@ -133,13 +133,16 @@ def test_what_is_not_finite_is_not_lost(value: Any, backend_name: str) -> None:
 @pytest.mark.parametrize("size", [1e38, 1e35, 1e30, 1e-30, 1e-36, 1e-40])
 @pytest.mark.parametrize("depth", [1, 768])
 def test_no_power_of_two_is_too_large(depth: int, size: float, backend_name: str) -> None:
-    """Rows of any size, times columns of the opposite size; their product is a number."""
+    """Rows of any size, times columns of the opposite size; their product is a number.
+
+    All products are equal: so may be their errors, 64 times 2^-12 of half of a block's sum.
+    """
     x, other = (np.full((17, depth), one, np.float32) for one in (size, min(1 / size, 1e38)))
     for a, b in ((x, other), (other, x)):
         out = np.empty((17, 17), np.float32)
         get_backend(backend_name).matmul_forward(out, a, b, None, None, "fp16")
         exact = a[0].astype(np.float64) @ b[0].astype(np.float64)
-        assert np.isfinite(out).all() and (np.abs(out / exact - 1) < 2.0**-9).all()
+        assert np.isfinite(out).all() and (np.abs(out / exact - 1) < 2.0**-7).all()
     a = np.zeros((17, depth), np.float32)
     get_backend(backend_name).matmul_forward(out, a, x, None, None, "fp16")
     assert not out.any()
