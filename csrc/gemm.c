@@ -6,12 +6,15 @@
  * multiply-adds. Packing also transposes where needed and pads the edges with zeros: the microkernel has one case.
  *
  *   for each KC of K:
- *     for each MC rows of C:                     threads pack A together: MC x KC, in the last-level cache
- *       for each task, shared by the threads:    up to NC columns, some of the MC rows
- *         pack B, unless the thread has it:      NC x KC, in the thread's second-level cache
- *         for each MR rows of the task:          a panel of A: MR x KC, in the first-level cache
- *           for each NR columns: microkernel
+ *     for each part of C, one for each thread:   up to MC rows and all columns, or all rows and some columns
+ *       for each NC columns of the part:
+ *         pack B:                                NC x KC, in the thread's second-level cache
+ *         for some rows, a task:                 the first time pack A: MC x KC in all
+ *           for each MR rows of the task:        a panel of A: MR x KC, in the first-level cache
+ *             for each NR columns: microkernel
  *
+ * A thread packs what it multiplies: reading what another one has written costs more than packing some of it twice,
+ * most of all where threads share no cache. A thread that has done its part takes tasks of others, and packs for them.
  * B, the weights of a linear layer, is read from memory once for MC rows of C. While the microkernel computes on one
  * block of B, it prefetches the thread's next block.
  *
@@ -45,10 +48,9 @@ enum { NR = NV * VF_LEN };
 /* Bytes in brackets are those with AVX-512. */
 enum {
     KC = 768,           /* large: C is read and written rarely; a panel of A (36 KB) serves NC / NR tiles */
-    MC = 86 * MR,       /* rows of A packed at a time (3 MB); large: each packed B serves more rows of C */
+    MC = 86 * MR,       /* rows of A that a thread packs at a time (3 MB); large: each packed B serves more rows */
     NC = 4 * NR,        /* rows of B that a thread packs at a time (384 KB) */
     PREFETCH_STEPS = 8, /* steps of the microkernel for each prefetched line */
-    PACK_PANELS = 8     /* panels of A in a task of packing */
 };
 
 int64_t gemm_rows(void) { return MC; }
@@ -62,7 +64,7 @@ static inline int64_t panel_size(int64_t rows, int64_t kc, const int type) {
 }
 
 /* LINE: room for the powers, which leaves all blocks on whole cache lines. */
-int64_t gemm_scratch_size(int threads) { return (int64_t)(KC + LINE) * (MC + (int64_t)threads * NC); }
+int64_t gemm_scratch_size(int threads) { return (int64_t)threads * (KC + LINE) * (MC + NC); }
 
 /* ---- packing ------------------------------------------------------------------------------------------------ */
 
@@ -288,7 +290,7 @@ static void microkernel_halves(float *c, int64_t ldc, const float *packed_a, con
 /* c (m x n) from packed a and b. A panel of A stays in the first-level cache while all panels of B are read. */
 static inline __attribute__((always_inline)) void multiply_packed(float *c, int64_t ldc, const float *a, const float *b,
                                                                   int64_t m, int64_t n, int64_t kc, Epilogue epilogue,
-                                                                  Prefetch prefetch, const int type) {
+                                                                  Prefetch *prefetch, const int type) {
     const float *bias = epilogue.bias;
     const int64_t columns = panel_columns(type);
     for (int64_t i = 0; i < m; i += MR)
@@ -298,32 +300,34 @@ static inline __attribute__((always_inline)) void multiply_packed(float *c, int6
             if (bias) epilogue.bias = bias + j;
             if (type == FP16)
                 microkernel_halves(to, ldc, rows, strip, kc, min64(MR, m - i), min64(columns, n - j), epilogue,
-                                   &prefetch);
+                                   prefetch);
             else
-                microkernel(to, ldc, rows, strip, kc, min64(MR, m - i), min64(columns, n - j), epilogue, &prefetch,
+                microkernel(to, ldc, rows, strip, kc, min64(MR, m - i), min64(columns, n - j), epilogue, prefetch,
                             type);
         }
 }
 
 /* ---- the product -------------------------------------------------------------------------------------------- */
 
-/* Tasks of a block of MC rows of C. Their order is: all tasks of the first columns, then those of the next columns. */
+/* How the threads share C: a part for each, of all columns and some rows or of all rows and some columns. A part is
+ * divided into tasks, `chunks` of rows times `blocks` of columns. */
 typedef struct {
-    int64_t rows, columns;     /* of C in a task */
-    int64_t per_column, count; /* tasks that share their columns; all tasks */
-} Tasks;
+    int by_rows;
+    int64_t part_rows, part_columns, rows, columns, chunks, blocks;
+} Division;
 
-/* A task has many columns, because each thread packs B for its columns, and few rows, so that no thread waits long for
- * the last task. `width` is that of a panel of B. */
-static Tasks divide_block(int64_t mc, int64_t N, int64_t kc, int64_t width, int threads) {
-    enum { TASK_PRODUCTS = 1 << 20 }; /* multiply-adds: about ten microseconds */
-    const int64_t panels = ceil_div(N, width) / (4 * threads);
-    Tasks tasks;
-    tasks.columns = width * (panels < 1 ? 1 : min64(panels, NC / NR));
-    tasks.rows = round_up(min64(mc, ceil_div(TASK_PRODUCTS, tasks.columns * kc)), MR);
-    tasks.per_column = ceil_div(mc, tasks.rows);
-    tasks.count = ceil_div(N, tasks.columns) * tasks.per_column;
-    return tasks;
+/* Of the two divisions that in which the threads pack less. A task has many columns, because B is packed for them, and
+ * few rows, so that no thread waits long for the last task. `width` is that of a panel of B. */
+static Division divide(int64_t m, int64_t N, int64_t kc, int64_t width, int by_rows, int threads) {
+    enum { TASK_PRODUCTS = 1 << 21 }; /* multiply-adds: some twenty microseconds */
+    Division d = {.by_rows = by_rows};
+    d.part_rows = by_rows ? round_up(ceil_div(m, threads), MR) : m;
+    d.part_columns = by_rows ? N : round_up(ceil_div(N, threads), width);
+    d.columns = round_up(ceil_div(d.part_columns, ceil_div(d.part_columns, NC / NR * width)), width);
+    d.rows = round_up(min64(d.part_rows, ceil_div(TASK_PRODUCTS, d.columns * kc)), MR);
+    d.chunks = ceil_div(d.part_rows, d.rows);
+    d.blocks = ceil_div(d.part_columns, d.columns);
+    return d;
 }
 
 /* gemm() compiled for one type of products. */
@@ -332,29 +336,38 @@ static inline __attribute__((always_inline)) void gemm_of_type(float *c, int64_t
                                                                int64_t K, float *scratch, Team *team, const int type) {
     const int64_t each = numbers_of_lane(type), lanes = ceil_div(K, each);
     const int64_t depth = round_up(ceil_div(lanes, ceil_div(lanes, KC)), PREFETCH_STEPS); /* equal parts, at most KC */
-    float *packed_a = scratch, *packed_b = scratch + gemm_scratch_size(team->member);
+    const int by_rows = M > N;
+    const int64_t most = by_rows ? (int64_t)MC * team->threads : MC, width = panel_columns(type);
+    float *packed_a = scratch + gemm_scratch_size(team->member), *packed_b = packed_a + (int64_t)(KC + LINE) * MC;
     for (int64_t pc = 0; pc < K; pc += depth * each)
-        for (int64_t ic = 0; ic < M; ic += MC) {
-            const int64_t numbers = min64(depth * each, K - pc), kc = ceil_div(numbers, each), mc = min64(MC, M - ic);
-            const Tasks tasks = divide_block(mc, N, kc, panel_columns(type), team->threads);
-            int64_t packed = -1; /* the first column in packed_b; -1: none */
-            for_shared (group, ceil_div(mc, PACK_PANELS * MR), worth(PACK_PANELS * MR * kc), team) {
-                const int64_t i = group * PACK_PANELS * MR;
-                pack(packed_a + panel_size(i, kc, type), operand_from(a, ic + i, pc), min64(PACK_PANELS * MR, mc - i),
-                     numbers, MR, type);
-            }
-            for_shared (task, tasks.count, worth(tasks.rows * tasks.columns * kc / 16), team) {
-                const int64_t i = task % tasks.per_column * tasks.rows, j = task / tasks.per_column * tasks.columns;
-                const int64_t next_j = (task + 1) / tasks.per_column * tasks.columns, n = min64(tasks.columns, N - j);
-                Prefetch prefetch = {0};
-                if (next_j > j && next_j < N) /* most likely the thread's next columns */
-                    prefetch =
-                        prefetch_for_pack(operand_from(b, next_j, pc), min64(tasks.columns, N - next_j), numbers);
-                if (packed != j) pack(packed_b, operand_from(b, j, pc), n, numbers, panel_columns(type), type);
-                packed = j;
-                multiply_packed(c + (ic + i) * ldc + j, ldc, packed_a + panel_size(i, kc, type), packed_b,
-                                min64(tasks.rows, mc - i), n, kc,
-                                (Epilogue){pc == 0 && bias ? bias + j : NULL, accumulate || pc > 0}, prefetch, type);
+        for (int64_t ic = 0; ic < M; ic += most) {
+            const int64_t numbers = min64(depth * each, K - pc), kc = ceil_div(numbers, each), mc = min64(most, M - ic);
+            const Division d = divide(mc, N, kc, width, by_rows, team->threads);
+            /* what this thread has packed: chunks of A of a part, and the first column of a block of B */
+            uint8_t has_chunk[MC / MR] = {0};
+            int64_t its_part = 0, its_column = -1;
+            Prefetch prefetch = {0};
+            for_shared (task, team->threads * d.blocks * d.chunks, worth(d.rows * d.columns * kc / 16), team) {
+                const int64_t part = task / (d.blocks * d.chunks), chunk = task % d.chunks;
+                const int64_t block = task / d.chunks % d.blocks;
+                const int64_t first = by_rows ? part * d.part_rows : 0, i = first + chunk * d.rows;
+                const int64_t left = by_rows ? 0 : part * d.part_columns, j = left + block * d.columns;
+                const int64_t m = min64(min64(d.rows, first + d.part_rows - i), mc - i);
+                const int64_t n = min64(min64(d.columns, left + d.part_columns - j), N - j);
+                float *panels = packed_a + panel_size(i - first, kc, type);
+                if (m <= 0 || n <= 0) continue;
+                if (by_rows && its_part != part) memset(has_chunk, 0, sizeof has_chunk);
+                its_part = part;
+                if (!has_chunk[chunk]) pack(panels, operand_from(a, ic + i, pc), m, numbers, MR, type);
+                has_chunk[chunk] = 1;
+                if (its_column != j) {
+                    const int64_t next = j + d.columns; /* most likely the thread's next columns */
+                    pack(packed_b, operand_from(b, j, pc), n, numbers, width, type);
+                    prefetch = prefetch_for_pack(operand_from(b, next, pc), min64(d.columns, N - next), numbers);
+                }
+                its_column = j;
+                multiply_packed(c + (ic + i) * ldc + j, ldc, panels, packed_b, m, n, kc,
+                                (Epilogue){pc == 0 && bias ? bias + j : NULL, accumulate || pc > 0}, &prefetch, type);
             }
         }
 }

@@ -20,7 +20,7 @@ from gpt2c.train.settings import TrainSettings
 __all__ = ["PYTHON", "check_training", "on_ranks", "training_parts", "with_scratch"]
 
 PYTHON = 32 << 20  # bytes that Python takes later, for the picture and its imports
-SCRATCH = 3 << 20  # bytes of a thread: its kernels' packed arrays, and its stack
+SCRATCH = 5 << 20  # bytes of a thread: its kernels' packed arrays, and its stack
 ROWS = 1032  # of a product in 16 bits, which kernels compute in floats before they round them
 
 
