@@ -178,7 +178,7 @@ def test_error_lists_the_parts_of_memory(free: Callable[[int], None]) -> None:
         check_training(config, settings, TWO, 56_000_000)
     assert re.match(
         r"training needs 4,\d{3} MB: weights 498 MB, gradients 498 MB, moments 996 MB,"
-        r" activations 2,\d{3} MB, order of the windows 56 MB, threads 6.3 MB, Python 34 MB,"
+        r" activations 2,\d{3} MB, order of the windows 56 MB, threads 10 MB, Python 34 MB,"
         r" a save 154 MB; 2,500 MB are free:"
         r" pass --recompute full with --batch-size \d, or lower --block-size$",
         str(error.value),
