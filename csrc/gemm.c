@@ -44,6 +44,7 @@ enum { MR = 8, NV = 3 };
 enum { MR = 4, NV = 2 };
 #endif
 enum { NR = NV * VF_LEN };
+enum { UNROLL = VF_LEN == 16 ? 8 : 1 }; /* steps of the microkernel; more than one would spill 16 registers */
 
 /* Bytes in brackets are those with AVX-512. */
 enum {
@@ -220,7 +221,7 @@ static inline __attribute__((always_inline)) void microkernel(float *restrict c,
     int64_t k = 0;
     for (; k + PREFETCH_STEPS <= kc; k += PREFETCH_STEPS, a += PREFETCH_STEPS * MR, b += PREFETCH_STEPS * NR) {
         prefetch_line(prefetch);
-#pragma GCC unroll 1 /* unrolled, 16 registers would spill */
+#pragma GCC unroll UNROLL
         for (int step = 0; step < PREFETCH_STEPS; step++) multiply_add(acc, a + step * MR, b + step * NR, type);
     }
     for (; k < kc; k++, a += MR, b += NR) multiply_add(acc, a, b, type);
@@ -309,6 +310,11 @@ static inline __attribute__((always_inline)) void multiply_packed(float *c, int6
 
 /* ---- the product -------------------------------------------------------------------------------------------- */
 
+enum {
+    TASK_PRODUCTS = 1 << 22, /* multiply-adds of a task: some fifty microseconds */
+    WORTH = 1 << 20          /* multiply-adds that count as a task where threads must be woken */
+};
+
 /* How the threads share C: a part for each, of all columns and some rows or of all rows and some columns. A part is
  * divided into tasks, `chunks` of rows times `blocks` of columns. */
 typedef struct {
@@ -319,7 +325,6 @@ typedef struct {
 /* Of the two divisions that in which the threads pack less. A task has many columns, because B is packed for them, and
  * few rows, so that no thread waits long for the last task. `width` is that of a panel of B. */
 static Division divide(int64_t m, int64_t N, int64_t kc, int64_t width, int by_rows, int threads) {
-    enum { TASK_PRODUCTS = 1 << 21 }; /* multiply-adds: some twenty microseconds */
     Division d = {.by_rows = by_rows};
     d.part_rows = by_rows ? round_up(ceil_div(m, threads), MR) : m;
     d.part_columns = by_rows ? N : round_up(ceil_div(N, threads), width);
@@ -339,6 +344,7 @@ static inline __attribute__((always_inline)) void gemm_of_type(float *c, int64_t
     const int by_rows = M > N;
     const int64_t most = by_rows ? (int64_t)MC * team->threads : MC, width = panel_columns(type);
     float *packed_a = scratch + gemm_scratch_size(team->member), *packed_b = packed_a + (int64_t)(KC + LINE) * MC;
+    expect_tasks(team, M * N * K / WORTH);
     for (int64_t pc = 0; pc < K; pc += depth * each)
         for (int64_t ic = 0; ic < M; ic += most) {
             const int64_t numbers = min64(depth * each, K - pc), kc = ceil_div(numbers, each), mc = min64(most, M - ic);
