@@ -342,7 +342,8 @@ static inline __attribute__((always_inline)) void gemm_of_type(float *c, int64_t
     const int64_t each = numbers_of_lane(type), lanes = ceil_div(K, each);
     const int64_t depth = round_up(ceil_div(lanes, ceil_div(lanes, KC)), PREFETCH_STEPS); /* equal parts, at most KC */
     const int by_rows = M > N;
-    const int64_t most = by_rows ? (int64_t)MC * team->threads : MC, width = panel_columns(type);
+    const int64_t parts = by_rows ? team->threads : 1, width = panel_columns(type);
+    const int64_t rounds = ceil_div(M, MC * parts), most = round_up(ceil_div(M, rounds), MR * parts); /* equal, too */
     float *packed_a = scratch + gemm_scratch_size(team->member), *packed_b = packed_a + (int64_t)(KC + LINE) * MC;
     expect_tasks(team, M * N * K / WORTH);
     for (int64_t pc = 0; pc < K; pc += depth * each)
@@ -367,9 +368,11 @@ static inline __attribute__((always_inline)) void gemm_of_type(float *c, int64_t
                 if (!has_chunk[chunk]) pack(panels, operand_from(a, ic + i, pc), m, numbers, MR, type);
                 has_chunk[chunk] = 1;
                 if (its_column != j) {
-                    const int64_t next = j + d.columns; /* most likely the thread's next columns */
+                    const int64_t next = j + n, end = min64(left + d.part_columns, N);
                     pack(packed_b, operand_from(b, j, pc), n, numbers, width, type);
-                    prefetch = prefetch_for_pack(operand_from(b, next, pc), min64(d.columns, N - next), numbers);
+                    prefetch = (Prefetch){0};
+                    if (next < end) /* most likely the thread's next columns */
+                        prefetch = prefetch_for_pack(operand_from(b, next, pc), min64(d.columns, end - next), numbers);
                 }
                 its_column = j;
                 multiply_packed(c + (ic + i) * ldc + j, ldc, panels, packed_b, m, n, kc,

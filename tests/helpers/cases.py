@@ -86,7 +86,7 @@ EMBEDDING = shapes(
 )
 # around the panels, tiles and blocks of a matmul, in each of its three sizes
 PANELS = (95, 96, 97, 191, 192, 193, 255, 256, 257, 383, 384, 385, 511, 512, 513, 767, 768, 769)
-BLOCKS = (343, 344, 345, 515, 516, 517, 1031, 1032, 1033, 1535, 1536, 1537)
+BLOCKS = (343, 344, 345, 515, 516, 517, 1031, 1032, 1033, 1535, 1536, 1537, 2064, 2065)
 TILES = (*VECTOR_EDGES, 6, 11, 12, 13, 14, 23, 24, 25, 47, 48, 49)
 MATMUL = shapes(
     "N C OC",

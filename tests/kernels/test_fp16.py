@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Guarded
 from numpy.typing import NDArray
 
 from gpt2c.kernels.backend import get_backend
@@ -146,29 +145,6 @@ def test_no_power_of_two_is_too_large(depth: int, size: float, backend_name: str
     a = np.zeros((17, depth), np.float32)
     get_backend(backend_name).matmul_forward(out, a, x, None, None, "fp16")
     assert not out.any()
-
-
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_scratch_is_large_enough(
-    threads: int, guarded: Guarded, backend_name: str, rng: np.random.Generator, monkeypatch: Any
-) -> None:
-    """For a whole block of rows and panels of the greatest depth, and for one more."""
-    if backend_name == "numpy":
-        pytest.skip("numpy has no scratch memory")
-    backend, found = get_backend(backend_name, threads), []
-    monkeypatch.setattr(
-        backend,
-        "_scratch",
-        lambda size: backend._f(guarded.copy(np.full(size, np.nan, np.float32))),
-    )
-    for N, C, OC in ((1040, 768, 150), (97, 769, 300)):
-        x, weight = (rng.standard_normal((n, C), np.float32) for n in (N, OC))
-        out = np.empty((N, OC), np.float32)
-        backend.matmul_forward(out, x, weight, None, None, "fp16")
-        guarded.check(f"{N} {C} {OC}")
-        exact = x.astype(np.float64) @ weight.T
-        found.append(np.linalg.norm(out - exact) / np.linalg.norm(exact))
-    assert max(found) < 2.0**-9
 
 
 def test_few_rows_are_products_of_floats(backend: Any, rng: np.random.Generator) -> None:

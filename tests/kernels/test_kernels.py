@@ -15,7 +15,7 @@ from conftest import Guarded
 from helpers.cases import ALIASES, CASES, NO_CACHE, NO_DROPOUT, Case, small_shape
 
 from gpt2c.kernels import reference
-from gpt2c.kernels.backend import backends, get_backend
+from gpt2c.kernels.backend import backends, fast_precisions, get_backend
 from gpt2c.kernels.binding import Kernels
 from gpt2c.kernels.cases import EXAMPLES, normalised_error
 from gpt2c.kernels.op import OPS, Op
@@ -111,6 +111,64 @@ def test_kernel_matches_reference_with_the_same_bits_on_two_threads(
 def test_output_may_be_an_input(case: Case, guarded: Guarded) -> None:
     for name in on_backends(case):
         check(case, name, run(get_backend(name), case, guarded, alias=True))
+
+
+# rows and columns of a product are divided among the threads in turn; 1032 rows, and a depth of 768
+# in floats or halves, are the most that are packed at once
+DIVIDED = [(5, 30, 300), (300, 30, 5), (130, 40, 129), (97, 769, 200), (40, 1600, 33)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("N", "C", "OC"), DIVIDED)
+def test_products_do_not_depend_on_threads(
+    N: int, C: int, OC: int, precision: str, backend_name: str, rng: np.random.Generator
+) -> None:
+    """Nor do parts overlap or leave anything out, whether all threads have one or not."""
+    if backend_name == "numpy":
+        pytest.skip("numpy has threads of its own")
+    x, weight = (rng.standard_normal((n, C), np.float32) for n in (N, OC))
+    dout, bias = rng.standard_normal((N, OC), np.float32), rng.standard_normal(OC, np.float32)
+    held = rng.standard_normal((OC, C), np.float32)
+    found = []
+    for threads in (1, 2, 3, 5, 64):
+        backend = get_backend(backend_name, threads)
+        out, dx, dweight = np.full((N, OC), np.nan, np.float32), np.full_like(x, np.nan), held + 0
+        backend.matmul_forward(out, x, weight, bias, None, precision)
+        backend.matmul_backward(dx, dweight, None, dout, x, weight, None, True, precision)
+        found.append((out, dx, dweight))
+    for one in found[1:]:
+        assert all(map(np.array_equal, one, found[0]))
+    x, weight, dout = (array.astype(np.float64) for array in (x, weight, dout))
+    exact = x @ weight.T + bias, dout @ weight, dout.T @ x + held
+    for array, wanted in zip(found[0], exact, strict=True):
+        assert normalised_error(array, wanted) < (1e-6 if precision == "fp32" else 0.02)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_scratch_of_products_is_large_enough(
+    precision: str,
+    threads: int,
+    guarded: Guarded,
+    backend_name: str,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For the most rows, columns and depth that a thread packs, divided by rows and by columns."""
+    if backend_name == "numpy":
+        pytest.skip("numpy has no scratch memory")
+    if precision not in fast_precisions(backend_name) and threads > 1:
+        pytest.skip("emulated: takes long")
+    backend = get_backend(backend_name, threads)
+    monkeypatch.setattr(
+        backend, "_scratch", lambda n: backend._f(guarded.copy(np.full(n, np.nan, np.float32)))
+    )
+    for N, OC in ((1032 * threads, 257), (1032, 257 * threads + 1032)):
+        x, weight = (rng.standard_normal((n, 768), np.float32) for n in (N, OC))
+        out = np.empty((N, OC), np.float32)
+        backend.matmul_forward(out, x, weight, None, None, precision)
+        guarded.check(f"{N} {OC}")
+        assert normalised_error(out, x @ weight.T) < (1e-5 if precision == "fp32" else 0.01)
 
 
 @pytest.mark.parametrize("n", [1, 1025, 100_003])
