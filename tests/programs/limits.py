@@ -63,7 +63,7 @@ def pools_at_once() -> None:
     for model in models:
         model(IDX)
     threading.stack_size(1 << 20)
-    limit_memory(44 << 20)  # a pool and its scratch take 11 MB, and 16 MB are kept free
+    limit_memory(106 << 20)  # a pool and its scratch take 36 MB, and 16 MB are kept free
     barrier = threading.Barrier(3)
     started: list[int] = []
     refusals: list[Exception] = []
