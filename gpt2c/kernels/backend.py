@@ -253,7 +253,7 @@ def as_precision(precision: str, backend: Backend) -> str:
     """Return the precision of products; "auto" is that which this CPU computes fastest.
 
     16 bits are faster only with instructions for them, and not on every CPU that has these: "auto"
-    measures both, once, which takes 0.2 s.
+    measures each, once, which takes 0.1 s for each.
 
     Raises
     ------

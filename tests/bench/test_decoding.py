@@ -98,9 +98,9 @@ def test_row_names_the_type_of_its_keys_and_values(cache: str) -> None:
 def test_worker_verifies_and_times(what: str, B: int, precision: str, backend_name: str) -> None:
     worker = Worker(f"{backend_name}:{precision}", 1)
     answer = worker.generate(what, dataclasses.asdict(TINY), B, 9)
-    bounds = {"fp32": 1e-5, "bf16": 0.01, "int8": 0.05}
+    bounds = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 0.01}  # of products; weights of fp16 are exact
     products = "fp32" if precision == "fp32" else as_precision("auto", get_backend(backend_name))
-    bound = max(bounds[kind] for kind in {precision, products} - {"fp16"})
+    bound = 0.05 if precision == "int8" else bounds[products]
     assert answer["error"] <= answer["rtol"] <= bound
     assert 0 < worker.sample()["seconds"] < 10
 

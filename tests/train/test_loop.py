@@ -202,7 +202,7 @@ def test_resumed_run_keeps_what_auto_was(data: Path, tmp_path: Path, cut: Any) -
     out = cut(data, tmp_path / "run", 14, precision="auto", save_interval=5)
     file = out / "run.json"
     record = json.loads(file.read_text())
-    other = {"fp32": "bf16", "bf16": "fp32"}[record["precision"]]
+    other = "bf16" if record["precision"] == "fp32" else "fp32"
     file.write_text(json.dumps(record | {"precision": other}))
     train(data, out, resume=True)
     assert json.loads(file.read_text())["precision"] == other
