@@ -7,11 +7,12 @@
  * work.
  *
  * Scores are stored as k q^T, with queries across the lanes of a vector. A softmax, which runs over keys, then goes
- * down the rows and never across lanes. A product reads its left operand in place, one number repeated in all lanes,
- * and its right operand row by row. So q and, in backward, dout are copied, but no key or value of 32 bits is.
+ * down the rows and never across lanes. A product reads its left operand row by row or column by column, one number
+ * repeated in all lanes, and its right operand row by row. A head's rows of q, k, v lie far apart, at places that share
+ * few sets of a cache; so they are copied, keys and values once for all queries.
  *
- * BF16: the factors of a product are pairs of numbers along the sum (simd.h), which are made for each block: two
- * channels of a row, or two rows. So all factors are copied. Softmax, its gradient and all sums stay in float.
+ * BF16: the factors of a product are pairs of numbers along the sum (simd.h), two channels of a row, or two rows.
+ * Softmax, its gradient and all sums stay in float.
  *
  * Threads share the heads and, in forward, the blocks of queries; in backward the key heads, each with the query heads
  * that share it. The order of each sum depends on the sequence's length alone. */
@@ -37,13 +38,20 @@ _Static_assert(WIDTH % ROWS == 0 && TILE % WIDTH == 0, "tiles of attention must 
 /* The channels of a head in scratch, padded with zeros to whole vectors. */
 static int64_t padded(int64_t HS) { return round_up(HS, VF_LEN); }
 
-/* Floats for one thread that sees T keys: beside those of a block, two arrays of a whole head. */
+/* Floats for one thread that sees T keys: beside those of a block, five arrays of a whole head. */
 static int64_t thread_scratch_size(int64_t T, int64_t HS) {
-    return 4 * TILE * TILE + (8 * TILE + 2 * round_up(T, TILE)) * padded(HS);
+    return 4 * TILE * TILE + (6 * TILE + 5 * round_up(T, TILE)) * padded(HS);
 }
 
 int64_t attention_scratch_size(int64_t T, int64_t P, int64_t HS, int threads) {
     return threads * thread_scratch_size(P > T ? P : T, HS);
+}
+
+/* to = from: n rows of HS floats. */
+static void copy_rows(float *to, int64_t to_stride, const float *from, int64_t stride, int64_t n, int64_t HS) {
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t c = 0; c < HS; c += VF_LEN)
+            vf_store_n(to + i * to_stride + c, vf_load_n(from + i * stride + c, HS - c), HS - c);
 }
 
 /* ---- products of blocks ------------------------------------------------------------------------------------- */
@@ -272,11 +280,17 @@ static void widen(float *to, Rows from, int64_t first, int64_t n, int64_t HS) {
 /* ---- forward ------------------------------------------------------------------------------------------------ */
 
 /* A head's keys and values as products take them, in blocks of TILE. A thread makes them when its first block of
- * queries needs them, and keeps them for the head's other blocks. FP32 in memory is used where it lies. */
+ * queries needs them, and keeps them for the head's other blocks. */
 typedef struct {
     int64_t head, made; /* of all sequences, -1: none yet; the blocks that are there */
     float *keys, *values;
+    int in_place; /* whether products of floats read keys and values where they lie */
 } Prepared;
+
+/* Floats lie well if one row follows the other, as in a cache, or if they are read once. */
+static int read_in_place(int type, int64_t stride, int64_t length, int64_t HS) {
+    return type == FP32 && (stride == HS || length <= TILE);
+}
 
 /* The floats of a block of keys, and of one of values. */
 static int64_t prepared_size(int64_t HS) { return TILE * padded(HS); }
@@ -298,6 +312,10 @@ static inline __attribute__((always_inline)) void prepare_block(const Prepared *
         widen(type == BF16 ? k_wide : k_to, keys, first, n, HS);
         widen(type == BF16 ? v_wide : v_to, values, first, n, HS);
     }
+    if (type != BF16 && wide && !to->in_place) {
+        copy_rows(k_to, HS, k, stride, n, HS);
+        copy_rows(v_to, HS, v, stride, n, HS);
+    }
     if (type != BF16) return;
     pair_columns(k_to, block_lanes(HS), k, stride, n, HS, held);
     pair_rows(on_tiles(BF16) ? v_pairs : v_to, HS, v, stride, n, HS, held);
@@ -308,12 +326,11 @@ static inline __attribute__((always_inline)) void prepare_block(const Prepared *
 static inline Operand key_operand(const Prepared *all, Rows keys, int64_t number, int64_t HS, const int type) {
     const float *block = all->keys + number * prepared_size(HS);
     if (type == BF16) return (Operand){block, block_lanes(HS), 1, FP32};
-    if (keys.type == FP32)
-        return (Operand){element(keys.numbers, number * TILE * keys.stride, FP32), keys.stride, 1, FP32};
+    if (all->in_place) return (Operand){element(keys.numbers, number * TILE * keys.stride, FP32), keys.stride, 1, FP32};
     return (Operand){block, HS, 1, FP32};
 }
 static inline Operand value_operand(const Prepared *all, Rows values, int64_t number, int64_t HS, const int type) {
-    if (type != BF16 && values.type == FP32)
+    if (type != BF16 && all->in_place)
         return (Operand){element(values.numbers, number * TILE * values.stride, FP32), 1, values.stride, FP32};
     return by_key_operand(all->values + number * prepared_size(HS), HS, type);
 }
@@ -443,7 +460,7 @@ void attention_forward(void *out, float *lse, void *keys, void *values, float *k
     const Dropout batch = dropout_of(dropout, key, first);
     const int64_t longest = P > T ? P : T;
     float *own = scratch + team->member * thread_scratch_size(longest, HS);
-    Prepared prepared = {-1, 0, own + 2 * TILE * TILE + 5 * TILE * padded(HS), NULL};
+    Prepared prepared = {-1, 0, own + 2 * TILE * TILE + 5 * TILE * padded(HS), NULL, 0};
     prepared.values = prepared.keys + round_up(longest, TILE) * padded(HS);
     if (precision == BF16) tiles_begin();
     if (keys)
@@ -481,6 +498,7 @@ void attention_forward(void *out, float *lse, void *keys, void *values, float *k
         if (prepared.head != task.s * KV + kv) {
             prepared.head = task.s * KV + kv;
             prepared.made = 0;
+            prepared.in_place = read_in_place(k.type, k.stride, length, HS);
         }
         const Dropout *dropped = dropout > 0 ? &drop : NULL;
         if (precision == BF16)
@@ -495,11 +513,43 @@ void attention_forward(void *out, float *lse, void *keys, void *values, float *k
 /* ---- backward ----------------------------------------------------------------------------------------------- */
 
 /* to (TILE x padded HS) = from (rows x HS, row stride `stride`), and zeros around it. */
-static void copy_rows(float *to, const void *from, int64_t stride, int64_t rows, int64_t HS, int memory) {
+static void pad_rows(float *to, const void *from, int64_t stride, int64_t rows, int64_t HS, int memory) {
     const int64_t HSP = padded(HS);
     for (int64_t i = 0; i < TILE; i++)
         for (int64_t c = 0; c < HSP; c += VF_LEN)
             vf_store(to + i * HSP + c, i < rows ? load_n(from, i * stride + c, HS - c, memory) : vf_set1(0.0f));
+}
+
+/* A block of keys and values as backward's products take them: k and v (keys x HS), and k as a left operand (HS x keys)
+ * of a sum over keys. */
+typedef struct {
+    Operand k_by_channel, v_by_channel, by_key;
+} KeyBlock;
+
+/* That of rows of k and v (n x HS, row stride `stride`), in memory (3,TILE,padded HS), where it is `made` already or
+ * not; scratch (TILE,padded HS). */
+static inline __attribute__((always_inline)) KeyBlock key_block(float *memory, const void *k, const void *v,
+                                                                int64_t stride, int64_t n, int64_t HS, int made,
+                                                                int in_place, float *scratch, const int type,
+                                                                int held) {
+    const int64_t lanes = block_lanes(HS);
+    if (type != BF16 && in_place) return (KeyBlock){{k, stride, 1, FP32}, {v, stride, 1, FP32}, {k, 1, stride, FP32}};
+    if (type != BF16) {
+        float *v_to = memory + TILE * HS;
+        if (!made) {
+            copy_rows(memory, HS, k, stride, n, HS);
+            copy_rows(v_to, HS, v, stride, n, HS);
+        }
+        return (KeyBlock){{memory, HS, 1, FP32}, {v_to, HS, 1, FP32}, {memory, 1, HS, FP32}};
+    }
+    float *v_to = memory + TILE * lanes, *by_key = v_to + TILE * lanes;
+    if (!made) {
+        pair_columns(memory, lanes, k, stride, n, HS, held);
+        pair_columns(v_to, lanes, v, stride, n, HS, held);
+        pair_rows(on_tiles(BF16) ? scratch : by_key, HS, k, stride, n, HS, held);
+        if (on_tiles(BF16)) transpose_pairs(by_key, scratch, n, HS);
+    }
+    return (KeyBlock){{memory, lanes, 1, FP32}, {v_to, lanes, 1, FP32}, by_key_operand(by_key, HS, BF16)};
 }
 
 /* The query heads that share a key head: dqkv (T rows, stride W) from dout and out (T rows, stride C), qkv and lse
@@ -511,17 +561,18 @@ static inline __attribute__((always_inline)) void backward_group(float *dqkv, co
                                                                  int64_t group, int64_t to_k, int64_t to_v, int64_t T,
                                                                  int64_t C, int64_t W, int64_t HS, const Dropout *drop,
                                                                  float *scratch, const int type, int memory) {
-    const int64_t HSP = padded(HS), lanes = block_lanes(HS), size = TILE * HSP;
+    const int64_t HSP = padded(HS), size = TILE * HSP;
     float *p = scratch, *dp = p + TILE * TILE, *dp_pairs = dp + TILE * TILE, *factors = dp_pairs + TILE * TILE;
     float *q_t = factors + TILE * TILE, *dout_t = q_t + size, *dq_t = dout_t + size, *q = dq_t + size;
-    float *dout_block = q + size, *k_pairs = dout_block + size, *v_pairs = k_pairs + size, *key_pairs = v_pairs + size;
-    float *k_t = key_pairs + size / 2, *dk = k_t + size / 2, *dv = dk + round_up(T, TILE) * HSP;
+    float *dout_block = q + size, *pairs = dout_block + size, *dk = pairs + size, *dv = dk + round_up(T, TILE) * HSP;
+    float *blocks = dv + round_up(T, TILE) * HSP;
+    const int in_place = read_in_place(type, W, T, HS);
     const vf scale = vf_set1(1.0f / sqrtf((float)HS));
     for (int64_t h = 0; h < group; h++)
         for (int64_t first = 0; first < T; first += TILE) {
             const int64_t rows = min64(TILE, T - first);
-            copy_rows(q, element(qkv, first * W + h * HS, memory), W, rows, HS, memory);
-            copy_rows(dout_block, dout + first * C + h * HS, C, rows, HS, FP32);
+            pad_rows(q, element(qkv, first * W + h * HS, memory), W, rows, HS, memory);
+            pad_rows(dout_block, dout + first * C + h * HS, C, rows, HS, FP32);
             transpose_queries(q_t, q, HSP, TILE, HS, type, FP32);
             transpose_queries(dout_t, dout_block, HSP, TILE, HS, type, FP32);
             /* Queries past T have q, dout, minus_lse and delta 0, so they add 0 to every sum. */
@@ -542,20 +593,12 @@ static inline __attribute__((always_inline)) void backward_group(float *dqkv, co
             }
             for (int64_t key = 0; key < first + rows; key += TILE) {
                 const Block block = {first - key, min64(TILE, T - key)};
-                const void *k = element(qkv, key * W + to_k, memory), *v = element(qkv, key * W + to_v, memory);
                 const int accumulate = h > 0 || first > key;
-                Operand k_by_channel = {k, W, 1, FP32}, v_by_channel = {v, W, 1, FP32}, by_key = {k, 1, W, FP32};
-                if (type == BF16) {
-                    pair_columns(k_pairs, lanes, k, W, block.keys, HS, memory);
-                    pair_columns(v_pairs, lanes, v, W, block.keys, HS, memory);
-                    pair_rows(key_pairs, HS, k, W, block.keys, HS, memory);
-                    k_by_channel = (Operand){k_pairs, lanes, 1, FP32};
-                    v_by_channel = (Operand){v_pairs, lanes, 1, FP32};
-                    if (on_tiles(BF16)) transpose_pairs(k_t, key_pairs, block.keys, HS);
-                    by_key = by_key_operand(on_tiles(BF16) ? k_t : key_pairs, HS, BF16);
-                }
-                score(p, block, k_by_channel, q_t, HS, type);
-                score(dp, block, v_by_channel, dout_t, HS, type);
+                const void *k = element(qkv, key * W + to_k, memory), *v = element(qkv, key * W + to_v, memory);
+                const KeyBlock keys = key_block(blocks + 3 * key * HSP, k, v, W, block.keys, HS, accumulate, in_place,
+                                                pairs, type, memory);
+                score(p, block, keys.k_by_channel, q_t, HS, type);
+                score(dp, block, keys.v_by_channel, dout_t, HS, type);
                 if (drop) {
                     const Dropout own = dropout_from(*drop, drop->head + h, first);
                     keep_block(factors, block, &own, key);
@@ -585,15 +628,12 @@ static inline __attribute__((always_inline)) void backward_group(float *dqkv, co
                 }
                 sum_over_queries(dv + key * HSP, block, p, dout_block, HS, accumulate, type);
                 sum_over_queries(dk + key * HSP, block, by_query, q, HS, accumulate, type);
-                sum_over_keys(dq_t, block, by_key, dp, HS, key > 0, type);
+                sum_over_keys(dq_t, block, keys.by_key, dp, HS, key > 0, type);
             }
             transpose(dqkv + first * W + h * HS, W, dq_t, TILE, HS, rows, HS, FP32, FP32);
         }
-    for (int64_t t = 0; t < T; t++)
-        for (int64_t c = 0; c < HS; c += VF_LEN) {
-            vf_store_n(dqkv + t * W + to_k + c, vf_load(dk + t * HSP + c), HS - c);
-            vf_store_n(dqkv + t * W + to_v + c, vf_load(dv + t * HSP + c), HS - c);
-        }
+    copy_rows(dqkv + to_k, W, dk, HSP, T, HS);
+    copy_rows(dqkv + to_v, W, dv, HSP, T, HS);
 }
 
 void attention_backward(float *dqkv, const float *dout, const void *qkv, const void *out, const float *lse,
