@@ -9,7 +9,8 @@
  * Scores are stored as k q^T, with queries across the lanes of a vector. A softmax, which runs over keys, then goes
  * down the rows and never across lanes. A product reads its left operand row by row or column by column, one number
  * repeated in all lanes, and its right operand row by row. A head's rows of q, k, v lie far apart, at places that share
- * few sets of a cache; so they are copied, keys and values once for all queries.
+ * few sets of a cache; so they are copied, and a thread copies keys and values once for all the queries that it takes.
+ * Few of them it reads where they lie.
  *
  * BF16: the factors of a product are pairs of numbers along the sum (simd.h), two channels of a row, or two rows.
  * Softmax, its gradient and all sums stay in float.
@@ -38,13 +39,14 @@ _Static_assert(WIDTH % ROWS == 0 && TILE % WIDTH == 0, "tiles of attention must 
 /* The channels of a head in scratch, padded with zeros to whole vectors. */
 static int64_t padded(int64_t HS) { return round_up(HS, VF_LEN); }
 
-/* Floats for one thread that sees T keys: beside those of a block, five arrays of a whole head. */
-static int64_t thread_scratch_size(int64_t T, int64_t HS) {
-    return 4 * TILE * TILE + (6 * TILE + 5 * round_up(T, TILE)) * padded(HS);
+/* Floats for one thread: beside those of a block, two arrays of a head's P keys, or five of the T of backward. */
+static int64_t thread_scratch_size(int64_t T, int64_t P, int64_t HS) {
+    const int64_t backward = 5 * round_up(T, TILE), forward = 2 * round_up(P, TILE);
+    return 4 * TILE * TILE + (6 * TILE + (backward > forward ? backward : forward)) * padded(HS);
 }
 
 int64_t attention_scratch_size(int64_t T, int64_t P, int64_t HS, int threads) {
-    return threads * thread_scratch_size(P > T ? P : T, HS);
+    return threads * thread_scratch_size(T, P, HS);
 }
 
 /* to = from: n rows of HS floats. */
@@ -277,6 +279,16 @@ static void widen(float *to, Rows from, int64_t first, int64_t n, int64_t HS) {
         }
 }
 
+/* How many keys the queries of a head see, all added up, with `before` of them in a cache. */
+static int64_t seen_keys(Sequences all, int64_t before) {
+    int64_t seen = 0;
+    for (int64_t s = 0; s < sequence_count(all); s++) {
+        const int64_t length = sequence_length(all, s);
+        seen += length * before + length * (length + 1) / 2;
+    }
+    return seen;
+}
+
 /* ---- forward ------------------------------------------------------------------------------------------------ */
 
 /* A head's keys and values as products take them, in blocks of TILE. A thread makes them when its first block of
@@ -284,10 +296,10 @@ static void widen(float *to, Rows from, int64_t first, int64_t n, int64_t HS) {
 typedef struct {
     int64_t head, made; /* of all sequences, -1: none yet; the blocks that are there */
     float *keys, *values;
-    int in_place; /* whether products of floats read keys and values where they lie */
+    int in_place; /* then products of floats read keys and values where they lie, and none are made */
 } Prepared;
 
-/* Floats lie well if one row follows the other, as in a cache, or if they are read once. */
+/* Floats lie well if one row follows the other, as in a cache, or if there are few of them. */
 static int read_in_place(int type, int64_t stride, int64_t length, int64_t HS) {
     return type == FP32 && (stride == HS || length <= TILE);
 }
@@ -418,13 +430,15 @@ typedef struct {
     int64_t s, h, first, rows;
 } ForwardTask;
 
-/* Blocks of queries are numbered so that a number gives its sequence without a list: the blocks of sequence s, in a
- * ragged batch, begin at number offsets[s] / TILE + s. Some numbers stand for no block. */
+/* Blocks of queries are numbered so that a number gives its sequence without a list: in a ragged batch, those of a head
+ * of sequence s are from first_number(s) on. Some numbers stand for no block. */
+static int64_t first_number(Sequences all, int64_t s) { return all.offsets[s] / TILE + s; }
 static int64_t block_numbers(Sequences all) {
-    return all.offsets ? all.T / TILE + all.S : all.B * ceil_div(all.T, TILE);
+    return all.offsets ? first_number(all, all.S - 1) : all.B * ceil_div(all.T, TILE);
 }
 
-/* A head's last queries come first: they see the most keys, so the longest tasks come first. */
+/* The blocks of a head follow each other, because they share its keys. Its last queries come first: they see the most
+ * keys, so the longest tasks come first. */
 static ForwardTask forward_task(Sequences all, int64_t NH, int64_t number) {
     int64_t s, h, block;
     if (all.offsets) {
@@ -432,13 +446,14 @@ static ForwardTask forward_task(Sequences all, int64_t NH, int64_t number) {
         int64_t high = all.S - 1;
         for (s = 0; high - s > 1;) {
             const int64_t middle = (s + high) / 2;
-            if (all.offsets[middle] / TILE + middle <= sought)
+            if (first_number(all, middle) <= sought)
                 s = middle;
             else
                 high = middle;
         }
-        h = number % NH;
-        block = sought - all.offsets[s] / TILE - s;
+        const int64_t begin = first_number(all, s), numbers = first_number(all, s + 1) - begin;
+        h = (number - NH * begin) / numbers;
+        block = (number - NH * begin) % numbers;
     } else {
         const int64_t blocks = ceil_div(all.T, TILE);
         s = number / (NH * blocks);
@@ -459,9 +474,10 @@ void attention_forward(void *out, float *lse, void *keys, void *values, float *k
     const Sequences all = {offsets, B, T, S};
     const Dropout batch = dropout_of(dropout, key, first);
     const int64_t longest = P > T ? P : T;
-    float *own = scratch + team->member * thread_scratch_size(longest, HS);
+    float *own = scratch + team->member * thread_scratch_size(T, P, HS);
     Prepared prepared = {-1, 0, own + 2 * TILE * TILE + 5 * TILE * padded(HS), NULL, 0};
     prepared.values = prepared.keys + round_up(longest, TILE) * padded(HS);
+    expect_tasks(team, 2 * seen_keys(all, keys ? position : 0) * C / WAKE_PRODUCTS);
     if (precision == BF16) tiles_begin();
     if (keys)
         for_shared (row, B * T, worth(2 * KV * HS), team) /* in the order of memory */
@@ -526,30 +542,29 @@ typedef struct {
     Operand k_by_channel, v_by_channel, by_key;
 } KeyBlock;
 
-/* That of rows of k and v (n x HS, row stride `stride`), in memory (3,TILE,padded HS), where it is `made` already or
- * not; scratch (TILE,padded HS). */
-static inline __attribute__((always_inline)) KeyBlock key_block(float *memory, const void *k, const void *v,
-                                                                int64_t stride, int64_t n, int64_t HS, int made,
-                                                                int in_place, float *scratch, const int type,
-                                                                int held) {
+/* That of rows of k and v (n x HS, row stride `stride`): `in_place`, where products are of floats, or in `to`
+ * (3,TILE,padded HS), where it may be `made` already. scratch (TILE,padded HS). */
+static inline __attribute__((always_inline)) KeyBlock key_block(float *to, const void *k, const void *v, int64_t stride,
+                                                                int64_t n, int64_t HS, int made, int in_place,
+                                                                float *scratch, const int type, int memory) {
     const int64_t lanes = block_lanes(HS);
     if (type != BF16 && in_place) return (KeyBlock){{k, stride, 1, FP32}, {v, stride, 1, FP32}, {k, 1, stride, FP32}};
     if (type != BF16) {
-        float *v_to = memory + TILE * HS;
+        float *v_to = to + TILE * HS;
         if (!made) {
-            copy_rows(memory, HS, k, stride, n, HS);
+            copy_rows(to, HS, k, stride, n, HS);
             copy_rows(v_to, HS, v, stride, n, HS);
         }
-        return (KeyBlock){{memory, HS, 1, FP32}, {v_to, HS, 1, FP32}, {memory, 1, HS, FP32}};
+        return (KeyBlock){{to, HS, 1, FP32}, {v_to, HS, 1, FP32}, {to, 1, HS, FP32}};
     }
-    float *v_to = memory + TILE * lanes, *by_key = v_to + TILE * lanes;
+    float *v_to = to + TILE * lanes, *by_key = v_to + TILE * lanes;
     if (!made) {
-        pair_columns(memory, lanes, k, stride, n, HS, held);
-        pair_columns(v_to, lanes, v, stride, n, HS, held);
-        pair_rows(on_tiles(BF16) ? scratch : by_key, HS, k, stride, n, HS, held);
+        pair_columns(to, lanes, k, stride, n, HS, memory);
+        pair_columns(v_to, lanes, v, stride, n, HS, memory);
+        pair_rows(on_tiles(BF16) ? scratch : by_key, HS, k, stride, n, HS, memory);
         if (on_tiles(BF16)) transpose_pairs(by_key, scratch, n, HS);
     }
-    return (KeyBlock){{memory, lanes, 1, FP32}, {v_to, lanes, 1, FP32}, by_key_operand(by_key, HS, BF16)};
+    return (KeyBlock){{to, lanes, 1, FP32}, {v_to, lanes, 1, FP32}, by_key_operand(by_key, HS, BF16)};
 }
 
 /* The query heads that share a key head: dqkv (T rows, stride W) from dout and out (T rows, stride C), qkv and lse
@@ -643,13 +658,15 @@ void attention_backward(float *dqkv, const float *dout, const void *qkv, const v
     const int64_t HS = C / NH, KV = (W - C) / (2 * HS), group = NH / KV;
     const Sequences all = {offsets, B, T, S};
     const Dropout batch = dropout_of(dropout, key, first);
+    if (sequence_count(all) * KV > 1)
+        expect_tasks(team, 5 * seen_keys(all, 0) * C / WAKE_PRODUCTS); /* its tasks are long */
     if (precision == BF16) tiles_begin();
     for_shared (task, sequence_count(all) * KV, worth(B * T / sequence_count(all) * group * HS), team) {
         const int64_t s = task / KV, kv = task % KV, h = kv * group, start = sequence_at(all, s);
         const int64_t wide = start * W + h * HS, narrow = start * C + h * HS, to_k = C + (kv - h) * HS;
         const Dropout drop = dropout_from(batch, h, start);
         const float *head_lse = lse + lse_at(all, NH, s, h);
-        float *own = scratch + team->member * thread_scratch_size(T, HS);
+        float *own = scratch + team->member * thread_scratch_size(T, 0, HS);
         const void *heads = element(qkv, wide, qkv_type), *outs = element(out, narrow, qkv_type);
         const int64_t length = sequence_length(all, s), to_v = to_k + KV * HS;
         const Dropout *dropped = dropout > 0 ? &drop : NULL;

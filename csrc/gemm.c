@@ -310,10 +310,7 @@ static inline __attribute__((always_inline)) void multiply_packed(float *c, int6
 
 /* ---- the product -------------------------------------------------------------------------------------------- */
 
-enum {
-    TASK_PRODUCTS = 1 << 22, /* multiply-adds of a task: some fifty microseconds */
-    WORTH = 1 << 20          /* multiply-adds that count as a task where threads must be woken */
-};
+enum { TASK_PRODUCTS = 1 << 22 }; /* multiply-adds of a task: some fifty microseconds */
 
 /* How the threads share C: a part for each, of all columns and some rows or of all rows and some columns. A part is
  * divided into tasks, `chunks` of rows times `blocks` of columns. */
@@ -345,7 +342,7 @@ static inline __attribute__((always_inline)) void gemm_of_type(float *c, int64_t
     const int64_t parts = by_rows ? team->threads : 1, width = panel_columns(type);
     const int64_t rounds = ceil_div(M, MC * parts), most = round_up(ceil_div(M, rounds), MR * parts); /* equal, too */
     float *packed_a = scratch + gemm_scratch_size(team->member), *packed_b = packed_a + (int64_t)(KC + LINE) * MC;
-    expect_tasks(team, M * N * K / WORTH);
+    expect_tasks(team, M * N * K / WAKE_PRODUCTS);
     for (int64_t pc = 0; pc < K; pc += depth * each)
         for (int64_t ic = 0; ic < M; ic += most) {
             const int64_t numbers = min64(depth * each, K - pc), kc = ceil_div(numbers, each), mc = min64(most, M - ic);

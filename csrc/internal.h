@@ -7,7 +7,10 @@
 #include "simd.h"
 #include "team.h"
 
-enum { LINE = 16 }; /* floats of a cache line */
+enum {
+    LINE = 16,              /* floats of a cache line */
+    WAKE_PRODUCTS = 1 << 20 /* multiply-adds of floats that count as a task where threads must be woken */
+};
 
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -21,6 +21,7 @@ __all__ = ["PYTHON", "check_training", "on_ranks", "training_parts", "with_scrat
 
 PYTHON = 32 << 20  # bytes that Python takes later, for the picture and its imports
 SCRATCH = 5 << 20  # bytes of a thread: its kernels' packed arrays, and its stack
+HEAD_ARRAYS = 5  # of a row's tokens, of one head: a thread's in attention
 ROWS = 1032  # of a product in 16 bits, which kernels compute in floats before they round them
 
 
@@ -51,7 +52,8 @@ def training_parts(
     parts = on_ranks(parts, ranks, settings.zero)
     divided = settings.gradient_accumulation_steps > 1
     tokens = settings.batch_size * settings.block_size
-    return with_scratch(parts, config, backend, tokens, precision, divided)
+    row = settings.block_size
+    return with_scratch(parts, config, backend, tokens, row, precision, divided)
 
 
 def on_ranks(parts: Mapping[str, int], ranks: int, zero: int) -> dict[str, int]:
@@ -68,6 +70,7 @@ def with_scratch(
     config: ModelConfig,
     backend: Backend,
     tokens: int,
+    row: int,
     precision: str,
     divided: bool,
 ) -> dict[str, int]:
@@ -76,12 +79,14 @@ def with_scratch(
     Parameters
     ----------
     tokens : that are read at once
+    row : of these, those of a row; a ragged batch is one row
     divided : a step has several batches, and the head learns: its next gradient has its own memory
     """
     parts, shapes = dict(parts), config.parameter_shapes()
     if divided:
         parts["gradients"] += 4 * math.prod(shapes[config.stack().head.weight])
-    parts["threads"] = SCRATCH * backend.threads
+    heads = 4 * HEAD_ARRAYS * row * config.stack().layers[0].attention.HS
+    parts["threads"] = max(SCRATCH, heads) * backend.threads
     if precision == "bf16":
         widest = max(shape[0] for name, shape in shapes.items() if name.startswith("h."))
         parts["threads"] += 4 * min(ROWS, tokens) * widest

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakValueDictionary
+
 import numpy as np
 import pytest
 
@@ -42,6 +44,7 @@ def test_too_much_is_a_memory_error() -> None:
 
 def test_memory_counts_as_used_before_it_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system counts touched pages; untouched allocated pages are not free either."""
+    monkeypatch.setattr(memory, "_given", WeakValueDictionary())  # without those of earlier tests
     monkeypatch.setattr(memory, "free_bytes", lambda promised: 50 * HUGE_PAGE - promised)
     before = available_bytes()
     size = 10 * HUGE_PAGE
