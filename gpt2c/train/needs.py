@@ -21,7 +21,8 @@ __all__ = ["PYTHON", "check_training", "on_ranks", "training_parts", "with_scrat
 
 PYTHON = 32 << 20  # bytes that Python takes later, for the picture and its imports
 SCRATCH = 5 << 20  # bytes of a thread: its kernels' packed arrays, and its stack
-HEAD_ARRAYS = 5  # of a row's tokens, of one head: a thread's in attention
+BLOCKS = 1 << 20  # bytes of a thread in attention: arrays of blocks, and its stack
+HEAD_ARRAYS = 5  # beside them, each of a row's tokens and one head
 ROWS = 1032  # of a product in 16 bits, which kernels compute in floats before they round them
 
 
@@ -85,8 +86,9 @@ def with_scratch(
     parts, shapes = dict(parts), config.parameter_shapes()
     if divided:
         parts["gradients"] += 4 * math.prod(shapes[config.stack().head.weight])
-    heads = 4 * HEAD_ARRAYS * row * config.stack().layers[0].attention.HS
-    parts["threads"] = max(SCRATCH, heads) * backend.threads
+    channels = -(-config.stack().layers[0].attention.HS // 16) * 16  # in whole vectors
+    heads = 4 * HEAD_ARRAYS * row * channels
+    parts["threads"] = max(SCRATCH, BLOCKS + heads) * backend.threads
     if precision == "bf16":
         widest = max(shape[0] for name, shape in shapes.items() if name.startswith("h."))
         parts["threads"] += 4 * min(ROWS, tokens) * widest

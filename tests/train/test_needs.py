@@ -16,12 +16,13 @@ from gpt2c import GPT2, AdamW, GPT2Config
 from gpt2c.cli.main import main
 from gpt2c.files.tensors import StoredTensor
 from gpt2c.kernels.backend import get_backend
+from gpt2c.kernels.binding import Kernels
 from gpt2c.kernels.memory import aligned_offsets
 from gpt2c.text.batches import Batches
 from gpt2c.text.prepare import prepare
 from gpt2c.text.shards import read_shards
 from gpt2c.train import needs
-from gpt2c.train.needs import check_training, training_parts
+from gpt2c.train.needs import SCRATCH, check_training, training_parts, with_scratch
 from gpt2c.train.settings import TrainSettings
 
 SETTINGS = TrainSettings(n_layer=3, n_head=2, n_embd=48, block_size=32, batch_size=16)
@@ -216,3 +217,13 @@ def test_run_that_does_not_fit_writes_nothing(
     said = capsys.readouterr().err
     assert said.startswith("gpt2c: not enough memory: training needs ") and said.count("\n") == 1
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize("row", [64, 1000, 8192, 100_000])
+def test_threads_have_room_for_a_head_of_a_long_row(row: int) -> None:
+    """Attention copies the keys and values of a head; scratch memory is of floats."""
+    config = GPT2Config(n_layer=1, n_head=1, n_embd=130)
+    found = with_scratch({"gradients": 0}, config, TWO, row, row, "fp32", divided=False)
+    assert isinstance(TWO, Kernels)
+    taken = 4 * TWO._lib.attention_scratch_size(row, 0, 130, 2)
+    assert taken <= found["threads"] <= taken + 2 * SCRATCH
