@@ -73,7 +73,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         own = [row for row in rows if (row["part"], row["precision"]) == (name, precision)]
         losses = ", ".join(f"{row['curve'][-1][1]:.4f}" for row in own)
         seconds = statistics.median(row["seconds"] for row in own)
-        means = [mean_curve(rows, name, one) for one in ("fp32", precision)]
+        seeds = {row["seed"] for row in own}  # of fp32, too: seeds differ more than precisions
+        alike = [row for row in rows if row["seed"] in seeds]
+        means = [mean_curve(alike, name, one) for one in ("fp32", precision)]
         off = [b / a - 1 for (_, a), (_, b) in zip(*means, strict=True)]
         differs = f"{max(off, key=abs):+.2%}, {off[-1]:+.2%}" if precision != "fp32" else ""
         lines.append(f"| {name} | {precision} | {losses} | {differs} | {seconds:.0f} |")

@@ -10,7 +10,7 @@
  * down the rows and never across lanes. A product reads its left operand row by row or column by column, one number
  * repeated in all lanes, and its right operand row by row. A head's rows of q, k, v lie far apart, at places that share
  * few sets of a cache; so they are copied, and a thread copies keys and values once for all the queries that it takes.
- * Few of them it reads where they lie.
+ * Those of a cache, or few of them, products of floats read where they lie.
  *
  * BF16: the factors of a product are pairs of numbers along the sum (simd.h), two channels of a row, or two rows.
  * Softmax, its gradient and all sums stay in float.
@@ -324,11 +324,12 @@ static inline __attribute__((always_inline)) void prepare_block(const Prepared *
         widen(type == BF16 ? k_wide : k_to, keys, first, n, HS);
         widen(type == BF16 ? v_wide : v_to, values, first, n, HS);
     }
-    if (type != BF16 && wide && !to->in_place) {
+    if (type != BF16) {
+        if (!wide || to->in_place) return;
         copy_rows(k_to, HS, k, stride, n, HS);
         copy_rows(v_to, HS, v, stride, n, HS);
+        return;
     }
-    if (type != BF16) return;
     pair_columns(k_to, block_lanes(HS), k, stride, n, HS, held);
     pair_rows(on_tiles(BF16) ? v_pairs : v_to, HS, v, stride, n, HS, held);
     if (on_tiles(BF16)) transpose_pairs(v_to, v_pairs, n, HS);

@@ -392,7 +392,9 @@ def _checked(
     parts = parts_needed(config, 1, tokens, settings.recomputation, precision, weights, frozen)
     needs = with_scratch(
         on_ranks(parts, world.size, settings.zero),
-        *(config, backend, tokens, tokens, precision),
+        *(config, backend, tokens),
+        row=tokens,
+        precision=precision,
         divided=method.longest * settings.batch_size > settings.batch_tokens
         and config.stack().head.weight not in frozen,
     )
