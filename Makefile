@@ -53,7 +53,7 @@ sanitize: $(VENV)/installed-test
 
 # Against PyTorch, transformers and lm-evaluation-harness, in an environment of its own: gpt2c needs none of them.
 parity: .venv-parity/installed
-	.venv-parity/bin/python -m pytest tests/test_parity.py tests/text/test_tokenizer.py \
+	.venv-parity/bin/python -m pytest -n 2 --dist worksteal tests/test_parity.py tests/text/test_tokenizer.py \
 		tests/evaluate/test_lm_eval.py tests/formats/test_llmc.py \
 		tests/test_processes.py::test_training_beside_torch_and_scikit_learn tests/train/test_tensorboard.py::test_tensorboard_reads_the_event_files
 
