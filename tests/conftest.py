@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ DOCUMENTS = [f"Document {n}. " + "the cat sat on the mat. " * (3 + n % 4) for n 
 if (DATA / "tiktoken-cache").is_dir():  # else tiktoken downloads its vocabularies
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(DATA / "tiktoken-cache"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the real hub; test_hub.py has its own
+
+# Tests send these to programs, which ignore what this process ignores:
+# under nohup, or after & in a script.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: 0)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 @pytest.fixture(params=backends())  # test_backend.py skips once for each that cannot run here
