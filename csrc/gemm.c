@@ -216,13 +216,11 @@ static inline __attribute__((always_inline)) void microkernel(float *restrict c,
     vf acc[MR][NV];
     for (int i = 0; i < MR; i++)
         for (int j = 0; j < NV; j++) acc[i][j] = vf_set1(0.0f);
-    /* C arrives from memory during the products, a few lines at a time: all at once would hold up the lines of B. */
-    Prefetch tile = {c, c + NR, m, NR, ldc};
+    for (int64_t i = 0; i < m; i++) /* C arrives from memory during the products */
+        for (int j = 0; j < NV; j++) __builtin_prefetch(c + i * ldc + j * VF_LEN, 0);
     int64_t k = 0;
     for (; k + PREFETCH_STEPS <= kc; k += PREFETCH_STEPS, a += PREFETCH_STEPS * MR, b += PREFETCH_STEPS * NR) {
         prefetch_line(prefetch);
-        prefetch_line(&tile);
-        prefetch_line(&tile);
 #pragma GCC unroll UNROLL
         for (int step = 0; step < PREFETCH_STEPS; step++) multiply_add(acc, a + step * MR, b + step * NR, type);
     }
