@@ -1069,9 +1069,8 @@ def test_loss_of_rewards_is_that_of_trl(margin: Any, centring: Any, trl: Any) ->
     assert losses.mean() == pytest.approx(loss.item(), rel=LOGITS)
     loss.backward()
     ours.backward(d_scores=slopes.reshape(8, 1) / 4)
-    if (
-        centring is None
-    ):  # differences alone count: what all rewards share has no slope but rounding
+    # Differences alone count then: what all rewards share has no slope, only its rounding.
+    if centring is None:
         largest = np.abs(ours.gradients["ln_f.weight"]).max()
         for bias in (ours.gradients["ln_f.bias"], theirs.transformer.ln_f.bias.grad.numpy()):
             assert np.abs(bias).max() <= 1e-5 * largest
